@@ -1,0 +1,43 @@
+# make train: set up and run main_cnn.py.  make test: set up and run the tests.  A second call sets up nothing anew.
+
+PYTHON ?= python3
+BIN := .venv/bin
+FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
+
+.PHONY: train tutorial test test-all lint data clean
+
+train: .venv/installed data
+	$(BIN)/python main_cnn.py
+
+tutorial: .venv/installed
+	$(BIN)/python main_tutorial.py
+
+test: .venv/installed-dev data
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed-dev data
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+# Debian's package spares the download where we may install it; without it, the script downloads the data set itself.
+data:
+	@if [ ! -e $(FASHION_MNIST) ] && [ ! -d /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] \
+		&& command -v apt-get >/dev/null; then \
+		apt-get update && apt-get install -y dataset-fashion-mnist || echo "No Debian package: downloading instead."; \
+	fi
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

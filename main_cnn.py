@@ -1,0 +1,48 @@
+"""Train, cross-validate and test a convolutional neural network on Fashion-MNIST: ``python main_cnn.py``.
+
+Everything that is worth changing stands in the constants below; the network itself is in models.py.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while PyTorch is still loading
+
+from models import ConvolutionalNeuralNetwork
+from report_utils import ExperimentResult, user_errors
+from train_utils import TrainingConfig, run_experiment
+
+# What is computed
+DATASET = "FashionMNIST"  # or "MNIST", "KMNIST", "Digits" (small, comes with scikit-learn, needs no download)
+FOLDS = 5  # parts of the cross-validation: 2 or more
+EPOCHS = 10  # times that each fit sees its training images: 1 or more
+BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
+LEARNING_RATE = 0.001  # step size of Adam: above 0
+LR_SCHEDULE = "constant"  # how the learning rate changes over the run
+RNG_SEED = 314  # fixes everything random: 0 … 4294967295
+
+# How it is computed
+DEVICE = "cpu"  # or "cuda", "cuda:1", "mps" (Apple), "auto": the fastest that is here
+PRECISION = "auto"  # or "float32", which is what "auto" means
+WORKERS = "auto"  # fits trained side by side: one a core, or a number; does not change the results
+RESUME = False  # start anew
+
+# Where it is logged
+WANDB_MODE = "auto"  # online if there is a key, else offline; or "online", "offline", "disabled"
+WANDB_PROJECT_NAME = "cnn-fun"  # the project on wandb.ai that the runs belong to
+WANDB_API_KEY_PATH = "wandb_api_key.txt"  # the file with your key; paths are relative to this script's folder
+
+# Where it lies on disk
+DATA_DIR = "data"  # the data sets
+RUNS_DIR = "runs"  # the results, a folder a run
+
+
+def main() -> ExperimentResult:
+    """Build the configuration, run all fits, report; return what came out."""
+    with user_errors():
+        config = TrainingConfig.from_constants(globals())
+        return run_experiment(ConvolutionalNeuralNetwork, config)
+
+
+if __name__ == "__main__":
+    main()

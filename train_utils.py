@@ -1,0 +1,407 @@
+"""The settings, the train and test loops, and the experiment: K-fold cross-validation, then a final fit and its test.
+
+A run is K + 1 fits, each of which trains on some images and is evaluated on others. The unit of work is one epoch of
+one fit, `run_epoch`, a pure function: worker processes compute it, and `run_experiment` in the parent process alone
+writes files, logs and talks to the user.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+import pydantic
+import torch
+from pydantic import Field, StrictInt
+from pydantic_core import PydanticCustomError
+from torch import Tensor, nn
+
+from data_utils import Batches, cached_dataset, folds_problem, load_dataset, pixel_statistics, split
+from report_utils import (
+    ConfigurationError,
+    ExperimentResult,
+    Progress,
+    RunError,
+    ctrl_c_ignored,
+    describe_environment,
+    evaluate,
+    make_run_dir,
+    print_summary,
+    save_atomically,
+    save_json,
+)
+from wandb_utils import WandbRuns
+
+PROJECT_DIR = Path(__file__).resolve().parent
+EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are slower
+State = dict[str, Any]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All settings of a run, checked; each field is a constant of the entry scripts, in lower case.
+
+    Raises
+    ------
+    ValueError
+        If anything is wrong: one error (pydantic's ValidationError) that names every bad constant, what it must be
+        and what it is.
+    """
+
+    dataset: Literal["MNIST", "FashionMNIST", "KMNIST", "Digits"] = Field(
+        description='"MNIST", "FashionMNIST", "KMNIST" or "Digits"'
+    )
+    folds: StrictInt = Field(ge=2, description="an integer of at least 2")
+    epochs: StrictInt = Field(ge=1, description="an integer of at least 1")
+    batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
+    learning_rate: float = Field(gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0")
+    lr_schedule: Literal["constant"] = Field(description='"constant"')
+    rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
+    device: str = Field(
+        pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",
+        description='"cpu", "cuda", "cuda:N", "mps" or "auto", and on this machine',
+    )
+    precision: Literal["auto", "float32"] = Field(description='"auto" or "float32"')
+    workers: Literal["auto"] | StrictInt = Field(description='"auto" or an integer of at least 1')
+    resume: Literal[False] = Field(description="False")
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        description='"auto", "online", "offline" or "disabled"'
+    )
+    wandb_project_name: str = Field(
+        pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"
+    )
+    wandb_api_key_path: str | Path = Field(description="a path")
+    data_dir: str | Path = Field(description="a path")
+    runs_dir: str | Path = Field(description="a path")
+
+    @pydantic.field_validator("*", mode="wrap")
+    @classmethod
+    def _check(cls, value: Any, handler: Callable[[Any], Any], info: pydantic.ValidationInfo) -> Any:
+        """Let pydantic check the field, add what types cannot say, and put any error into the user's words."""
+        name = str(info.field_name)
+        try:
+            checked = handler(value)
+            bad = (
+                (name == "resume" and type(value) is not bool)
+                or (name == "workers" and checked != "auto" and checked < 1)
+                or (name == "device" and not _device_is_here(checked))
+                or (name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(checked))
+            )
+        except pydantic.ValidationError:
+            bad = True
+        if bad:
+            message = "{name} must be {allowed}, got {found}"
+            allowed = cls.__pydantic_fields__[name].description
+            raise PydanticCustomError(
+                "setting", message, {"name": name.upper(), "allowed": allowed, "found": _shorten(repr(value))}
+            )
+        return checked
+
+    @classmethod
+    def from_constants(cls, constants: dict[str, Any]) -> "TrainingConfig":
+        """Build the configuration from a script's constants, as in ``TrainingConfig.from_constants(globals())``."""
+        names = cls.__pydantic_fields__
+        return cls(**{name: constants[name.upper()] for name in names if name.upper() in constants})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as JSON can hold them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One model to train: `fold` is the part of the training images held out, counted from 0, or None for "final"."""
+
+    name: str
+    fold: int | None
+    model_class: type[nn.Module]
+    device: str
+    threads: int
+    data_digest: str
+
+
+def train_loop(
+    dataloader: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, float]:
+    """Train a model for one epoch.
+
+    Parameters
+    ----------
+    dataloader : iterable of (images, labels)
+        Float images (B, …) and int64 labels (B,), on the model's device.
+    model : nn.Module
+        Returns logits (B, classes).
+    loss_fn : callable
+        Takes logits and labels, returns the batch's mean loss.
+    optimizer : torch.optim.Optimizer
+
+    Returns
+    -------
+    loss, accuracy : float
+        Mean loss per sample and share of right predictions, both as they were while training.
+    """
+    model.train()
+    losses, correct, sizes = [], [], []
+    for images, labels in dataloader:
+        logits = model(images)
+        loss = loss_fn(logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())  # summed up at the end: reading a value here would make a GPU wait
+        correct.append((logits.argmax(1) == labels).sum())
+        sizes.append(len(labels))
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    mean_loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
+    return mean_loss.item(), torch.stack(correct).sum().item() / sum(sizes)
+
+
+@torch.no_grad()
+def test_loop(
+    dataloader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, Tensor, Tensor]:
+    """Evaluate a model.
+
+    Parameters
+    ----------
+    dataloader, model, loss_fn
+        As for `train_loop`.
+
+    Returns
+    -------
+    loss : float
+        Mean loss per sample.
+    labels : Tensor
+        int64 (N,), on the CPU, in the order of the batches.
+    probabilities : Tensor
+        float32 (N, classes), on the CPU: the softmax of the logits.
+    """
+    model.eval()
+    losses, all_labels, all_probabilities = [], [], []
+    for images, labels in dataloader:
+        logits = model(images)
+        losses.append(loss_fn(logits, labels))
+        all_labels.append(labels)
+        all_probabilities.append(logits.softmax(1))
+    weights = torch.tensor([len(labels) for labels in all_labels], dtype=torch.float64)
+    mean_loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
+    return mean_loss.item(), torch.cat(all_labels).cpu(), torch.cat(all_probabilities).cpu()
+
+
+def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[str, Any]]:
+    """Train one fit for one epoch and evaluate it where that is due; the same arguments give the same bits.
+
+    Parameters
+    ----------
+    config : TrainingConfig
+    fit : Fit
+    epoch : int
+        From 1 to ``config.epochs``.
+    state : dict or None
+        What the epoch before returned; None before the first. It is left as it is.
+
+    Returns
+    -------
+    state : dict
+        State dicts of "model" and "optimizer", on the CPU.
+    metrics : dict
+        ``epoch``, ``train/loss``, ``train/accuracy``, ``learning_rate`` (at the epoch's start); for folds also
+        ``validation/loss`` and ``validation/accuracy``. After the last epoch also "evaluation": loss, labels and class
+        probabilities of the images held out, or of the test images.
+    """
+    torch.set_num_threads(fit.threads)
+    torch.manual_seed(int(np.random.SeedSequence((config.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
+    device = torch.device(fit.device)
+    model = fit.model_class().to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would train on the very tensors it is given
+
+    dataset = cached_dataset(config.dataset, PROJECT_DIR / config.data_dir, fit.data_digest)
+    train_on, evaluate_on = split(dataset, config.folds, fit.fold, config.rng_seed)
+    mean, std = pixel_statistics(train_on[0])
+    loss_fn = nn.CrossEntropyLoss()
+    learning_rate = optimizer.param_groups[0]["lr"]
+    train_loss, train_accuracy = train_loop(
+        Batches(*train_on, config.batch_size, mean, std, device, training=True), model, loss_fn, optimizer
+    )
+    metrics: dict[str, Any] = {
+        "epoch": epoch,
+        "train/loss": train_loss,
+        "train/accuracy": train_accuracy,
+        "learning_rate": learning_rate,
+    }
+    if fit.fold is not None or epoch == config.epochs:
+        evaluation = test_loop(Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device), model, loss_fn)
+        if fit.fold is not None:
+            metrics |= {"validation/loss": evaluation[0], "validation/accuracy": _accuracy(*evaluation[1:])}
+        if epoch == config.epochs:
+            metrics["evaluation"] = evaluation
+    return {"model": _to_cpu(model.state_dict()), "optimizer": _to_cpu(optimizer.state_dict())}, metrics
+
+
+def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> ExperimentResult:
+    """Cross-validate a network, train it on all the training images, test it once; log and save all of it.
+
+    Parameters
+    ----------
+    model_class : type of nn.Module
+        Built without arguments; takes images (N, 1, 28, 28), returns logits (N, 10). It must be importable by worker
+        processes, so not be defined in the script that is started.
+    config : TrainingConfig
+
+    Returns
+    -------
+    ExperimentResult
+
+    Raises
+    ------
+    ConfigurationError
+        If the data set has too few images of a class for that many folds.
+    data_utils.DatasetError
+        If the data set cannot be had or is damaged.
+    wandb.errors.AuthenticationError
+        If W&B's server refuses the key.
+    RunError
+        If a loss is no longer finite, or worker processes keep dying.
+    """
+    started = time.monotonic()
+    dataset = load_dataset(config.dataset, PROJECT_DIR / config.data_dir)
+    if problem := folds_problem(dataset, config.folds):
+        raise ConfigurationError(problem)
+    device = _resolve_device(config.device)
+    threads, workers = plan_workers(config, device)
+    digest = dataset.digest()
+    folds = [Fit(f"fold-{k + 1}", k, model_class, device, threads, digest) for k in range(config.folds)]
+    fits = [Fit("final", None, model_class, device, threads, digest), *folds]  # the longest first
+
+    run_dir = make_run_dir(PROJECT_DIR / config.runs_dir, f"{model_class.__name__}-{config.dataset}")
+    save_json(run_dir / "config.json", config.to_dict())
+    environment = describe_environment(device=device, precision="float32", threads_per_fit=threads, workers=workers)
+    print(model_class())
+    logged = config.to_dict() | {"model": str(model_class()), "environment": environment}
+    with WandbRuns(logged, [fit.name for fit in fits], run_dir.name, PROJECT_DIR) as runs:
+        outcomes = _train_all(config, fits, workers, run_dir, runs)
+        class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
+        results = {
+            fit.name: evaluate(fit.name, *(outcomes[fit.name][key] for key in ("history", "evaluation")), class_names)
+            for fit in fits
+        }
+        save_atomically(run_dir / "model.pt", lambda path: torch.save(outcomes["final"]["state"]["model"], path))
+        environment |= {"seconds": time.monotonic() - started, "wandb": {"mode": runs.mode, "run_ids": runs.ids}}
+        result = ExperimentResult(
+            config.to_dict(), [results[fold.name] for fold in folds], results["final"], environment, run_dir
+        )
+        save_json(run_dir / "results.json", result.to_dict())
+        print_summary(result)
+        for fit_result in results.values():
+            runs.log_result(fit_result.to_dict(), fit_result.confusion)
+        runs.log_summary("final", {f"cross_validation/{key}": value for key, value in result.cross_validation.items()})
+    for fit in fits:
+        (run_dir / f"{fit.name}.pt").unlink(missing_ok=True)
+    return result
+
+
+def _train_all(
+    config: TrainingConfig, fits: list[Fit], workers: int, run_dir: Path, runs: WandbRuns
+) -> dict[str, dict[str, Any]]:
+    """Train all fits, side by side, epoch by epoch; return each one's checkpoint after its last epoch, by name."""
+    checkpoints: dict[str, dict[str, Any]] = {fit.name: {"state": None, "history": []} for fit in fits}
+    with Progress(len(fits), config.epochs) as progress:
+        for epoch in range(1, config.epochs + 1):
+            for name, state, metrics in _run_round(config, fits, epoch, checkpoints, workers):
+                evaluation = metrics.pop("evaluation", None)
+                history = [*checkpoints[name]["history"], metrics]
+                checkpoints[name] = {"state": state, "history": history, "evaluation": evaluation}
+                save_atomically(run_dir / f"{name}.pt", partial(torch.save, checkpoints[name]))
+                runs.log_epoch(name, metrics)
+                progress.step(name, metrics)
+                if not all(math.isfinite(value) for value in metrics.values()):
+                    raise RunError(
+                        f"{name} diverged in epoch {epoch}: its loss is no longer a finite number. "
+                        "Try a smaller LEARNING_RATE."
+                    )
+            progress.row(epoch, [checkpoints[fit.name]["history"][-1] for fit in fits if fit.fold is not None])
+    return checkpoints
+
+
+def plan_workers(config: TrainingConfig, device: str) -> tuple[int, int]:
+    """Return how many threads each fit gets, whatever WORKERS is, and how many fits run side by side.
+
+    Workers × threads never exceeds the cores; on a GPU one fit runs at a time.
+    """
+    cores, fits = joblib.cpu_count(), config.folds + 1
+    threads = max(1, cores // min(cores, fits))
+    if device != "cpu":
+        return threads, 1
+    most = min(fits, cores // threads)
+    return threads, most if config.workers == "auto" else min(config.workers, most)
+
+
+def _run_round(
+    config: TrainingConfig, fits: list[Fit], epoch: int, checkpoints: dict[str, dict[str, Any]], workers: int
+) -> Iterator[tuple[str, State, dict[str, Any]]]:
+    """Yield (name, state, metrics) of one epoch of every fit, as they come."""
+    parallel = joblib.Parallel(
+        n_jobs=workers, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered", max_nbytes=None
+    )
+    with ctrl_c_ignored():  # workers start here and inherit it: the parent alone answers to Ctrl-C
+        outcomes = parallel(
+            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"]) for fit in fits
+        )
+    try:
+        yield from outcomes
+    except BrokenProcessPool:
+        raise RunError(
+            f"a worker process was killed in epoch {epoch}, most likely because memory ran out. Set WORKERS lower."
+        ) from None
+
+
+def _run_named_epoch(
+    config: TrainingConfig, fit: Fit, epoch: int, state: State | None
+) -> tuple[str, State, dict[str, Any]]:
+    return fit.name, *run_epoch(config, fit, epoch, state)
+
+
+def _to_cpu(state: Any) -> Any:
+    """Return a state dict with all its tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    return [_to_cpu(value) for value in state] if isinstance(state, list) else state
+
+
+def _accuracy(labels: Tensor, probabilities: Tensor) -> float:
+    return (probabilities.argmax(1) == labels).double().mean().item()
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return next(name for name in ("cuda", "mps", "cpu") if _device_is_here(name))
+
+
+def _device_is_here(device: str) -> bool:
+    if device.startswith("cuda"):
+        return int(device.partition(":")[2] or 0) < torch.cuda.device_count()
+    return device != "mps" or torch.backends.mps.is_available()
+
+
+def _is_path(path: str | Path) -> bool:
+    return bool(str(path).strip()) and "\0" not in str(path)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}…"
