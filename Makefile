@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
 
-.PHONY: train tutorial test test-all lint data clean
+.PHONY: train tutorial test test-slow test-all lint data clean
 
 train: .venv/installed data
 	$(BIN)/python main_cnn.py
@@ -15,8 +15,10 @@ tutorial: .venv/installed
 test: .venv/installed-dev data
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/installed-dev data
-	$(BIN)/python -m pytest
+test-slow: .venv/installed-dev data
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -45,34 +45,43 @@ class WandbRuns:
         if self.mode != "disabled":  # else W&B keeps what it stages for tables and images in the user's home
             for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
                 os.environ.setdefault(variable, str(self.folder / "wandb" / ".wandb"))
-        prefix = uuid.uuid4().hex[:8]
-        self._runs = {
-            name: wandb.init(
-                project=config["wandb_project_name"],
-                id=f"{prefix}-{name}",
-                name=name,
-                group=group,
-                job_type="final" if name == "final" else "fold",
-                config=config,
-                mode=self.mode,
-                dir=str(self.folder),
-                reinit="create_new",
-                settings=wandb.Settings(
-                    api_key=key if self.mode == "online" else None,
-                    init_timeout=15,
-                    finish_timeout=FINISH_TIMEOUT_SECONDS,
-                    finish_timeout_raises=False,
-                    console="off",
-                    silent=True,
-                    disable_git=True,  # W&B would upload the uncommitted diff, and with it a key in wandb_api_key.txt
-                    save_code=False,
-                    x_disable_stats=name != "final",  # one look at the machine is enough for K + 1 runs
-                ),
-            )
-            for name in fit_names
-        }
-        for name in fit_names:
-            self._runs[name].define_metric("*", step_metric="epoch")
+        os.environ.setdefault("WANDB_SILENT", "true")  # we say ourselves where the runs go
+        self._prefix, self._group, self._config = uuid.uuid4().hex[:8], group, config
+        try:
+            self._runs = {name: self._open(name, key) for name in fit_names}
+        except wandb.errors.Error as error:
+            if self.mode != "online":
+                raise
+            print(f"W&B: no run can be opened online ({type(error).__name__}); logging offline.", file=sys.stderr)
+            self.mode = "offline"
+            self._runs = {name: self._open(name, None) for name in fit_names}
+
+    def _open(self, fit_name: str, key: str | None) -> wandb.Run:
+        run = wandb.init(
+            project=self._config["wandb_project_name"],
+            id=f"{self._prefix}-{fit_name}",
+            name=fit_name,
+            group=self._group,
+            job_type="final" if fit_name == "final" else "fold",
+            config=self._config,
+            mode=self.mode,
+            dir=str(self.folder),
+            reinit="create_new",
+            settings=wandb.Settings(
+                api_key=key if self.mode == "online" else None,
+                base_url=server_url(),
+                init_timeout=15,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                finish_timeout_raises=False,
+                console="off",
+                silent=True,
+                disable_git=True,  # W&B would upload the uncommitted diff, and with it a key in wandb_api_key.txt
+                save_code=False,
+                x_disable_stats=fit_name != "final",  # one look at the machine is enough for K + 1 runs
+            ),
+        )
+        run.define_metric("*", step_metric="epoch")
+        return run
 
     @property
     def ids(self) -> dict[str, str]:
@@ -161,7 +170,7 @@ def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
         raise AuthenticationError(
             f"the environment variable WANDB_MODE must be online, offline or disabled, got {mode!r}"
         )
-    base_url = wandb.Settings().base_url
+    base_url = server_url()
     key, source = find_api_key(key_path, base_url)
     if mode == "online" and key is None:
         raise AuthenticationError(
@@ -182,6 +191,11 @@ def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
         )
         return "offline", key
     return "online", key
+
+
+def server_url() -> str:
+    """Return the server's address: W&B's own, unless WANDB_BASE_URL or W&B's settings file name another."""
+    return (os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).rstrip("/")
 
 
 def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:

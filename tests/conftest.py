@@ -1,0 +1,69 @@
+"""What the tests share: small runs of the real scripts, in this process and in processes of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the developer's own W&B key and settings out of the tests, and W&B's files in the test's folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no test reaches the network
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
+    """Return a function that sets constants of a script for this test; what it leaves out makes a small, quiet run."""
+
+    def configure(script: ModuleType, **constants: Any) -> ModuleType:
+        small = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled", "RUNS_DIR": tmp_path / "runs"}
+        for name, value in (small | constants).items():
+            monkeypatch.setattr(script, name, value)
+        return script
+
+    return configure
+
+
+@pytest.fixture
+def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Return a function that starts a script's ``main()`` with some constants changed, from another directory."""
+
+    def start(script: str, **constants: Any) -> subprocess.Popen[str]:
+        small = {
+            "DATASET": "Digits",
+            "FOLDS": 2,
+            "EPOCHS": 2,
+            "WANDB_MODE": "disabled",
+            "RUNS_DIR": str(tmp_path / "runs"),
+        }
+        lines = [f"import {script}"]
+        lines += [f"{script}.{name} = {value!r}" for name, value in (small | constants).items()]
+        lines += [f"{script}.main()"]
+        return subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start

@@ -1,0 +1,152 @@
+"""A stand-in for the W&B server on 127.0.0.1: enough GraphQL and file stream for real W&B clients."""
+
+import base64
+import json
+import re
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class WandbServer:
+    """Takes what W&B clients send and keeps it for tests to read; ``with WandbServer(key) as server: …``.
+
+    ``runs`` maps run id → {"name", "project", "group", "job_type", "config", "history", "summary", "files"}. A line of
+    history that is sent to an offset replaces what was there, as on the real server.
+    """
+
+    def __init__(self, key: str, status: int = 200) -> None:
+        self.key, self.status = key, status
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.queries: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                server._post(self)
+
+            def do_PUT(self) -> None:
+                server._put(self)
+
+            def log_message(self, *_arguments: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_arguments: Any) -> None:
+                pass  # clients may hang up as they like
+
+        self._http = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> "WandbServer":
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """Return what is kept of a run, made at first mention."""
+        return self.runs.setdefault(run_id, {"history": [], "summary": {}, "files": {}, "config": {}})
+
+    def _post(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
+        if self.status != 200:
+            return _answer(request, self.status, {"error": "broken"})
+        if user.partition(":")[2] != self.key:
+            return _answer(request, 401, {"error": "unauthorized"})
+        if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
+            self._stream(self.run(match[1]), json.loads(body))
+            return _answer(request, 200, {})
+        asked = json.loads(body)
+        self.queries.append(asked["query"])
+        _answer(request, 200, {"data": self._graphql(asked["query"], asked.get("variables") or {})})
+
+    def _put(self, request: BaseHTTPRequestHandler) -> None:
+        content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        _, _, run_id, path = request.path.split("/", 3)
+        if run_id != "artifacts":
+            self.run(run_id)["files"][path] = content
+        _answer(request, 200, {})
+
+    def _stream(self, run: dict[str, Any], message: dict[str, Any]) -> None:
+        for name, part in (message.get("files") or {}).items():
+            lines = [json.loads(line) for line in part["content"]] if name.endswith(("json", "jsonl")) else []
+            if name == "wandb-history.jsonl":
+                run["history"][part["offset"] : part["offset"] + len(lines)] = lines
+            elif name == "wandb-summary.json" and lines:
+                run["summary"] = lines[-1]
+        if message.get("complete"):
+            run["exit_code"] = message.get("exitcode")
+
+    def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Answer the queries of W&B 0.31's client, recognised by the field that they ask for."""
+        if "upsertBucket" in query:
+            run = self.run(variables["name"])
+            config = json.loads(variables.get("config") or "{}")
+            run["config"] |= {key: value["value"] for key, value in config.items() if key != "_wandb"}
+            names = {"project": "project", "name": "displayName", "group": "groupName", "job_type": "jobType"}
+            run |= {key: variables.get(sent) or run.get(key) for key, sent in names.items()}
+            project = {"id": "p", "name": run["project"], "entity": {"id": "e", "name": "tester"}}
+            run_id = variables["name"]
+            bucket = {"id": run_id, "name": run_id, "displayName": run["name"], "project": project}
+            return {
+                "upsertBucket": {
+                    "bucket": bucket | {"historyLineCount": 0, "config": "{}", "sweepName": None},
+                    "inserted": True,
+                }
+            }
+        if "createRunFiles" in query:
+            run_id = variables.get("run") or variables.get("runName")
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run_id}/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
+        if "commitArtifact" in query:
+            return {"commitArtifact": {"artifact": {"id": "a", "digest": "d", "state": "COMMITTED"}}}
+        if "createArtifactManifest" in query or "updateArtifactManifest" in query:
+            file = {"id": "f", "name": "m", "displayName": "m", "uploadHeaders": []}
+            file["uploadUrl"] = f"{self.url}/upload/artifacts/{uuid.uuid4()}"
+            manifest = {"artifactManifest": {"id": "m", "file": file}}
+            return {"createArtifactManifest": manifest, "updateArtifactManifest": manifest}
+        if "createArtifactFiles" in query:
+            nodes = [
+                {
+                    "id": "f",
+                    "name": spec["name"],
+                    "displayName": spec["name"],
+                    "uploadUrl": f"{self.url}/upload/artifacts/{spec['name']}",
+                    "uploadHeaders": [],
+                    "artifact": {"id": "a"},
+                    "storagePath": None,
+                    "uploadMultipartUrls": None,
+                }
+                for spec in variables.get("input", {}).get("artifactFiles") or variables.get("artifactFiles") or []
+            ]
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if "createArtifact(" in query:
+            sequence = {"id": "s", "latestArtifact": None}
+            artifact = {"id": "a", "digest": "d", "state": "PENDING", "aliases": [], "artifactSequence": sequence}
+            return {"createArtifact": {"artifact": artifact}}
+        entity = {"id": "e", "name": "tester", "isTeam": False}
+        viewer = {"id": "v", "entity": "tester", "username": "tester", "flags": "{}", "teams": {"edges": []}}
+        return {
+            "viewer": viewer | {"defaultEntity": entity},
+            "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None},
+            "model": None,
+            "project": None,
+        }
+
+
+def _answer(request: BaseHTTPRequestHandler, status: int, content: dict[str, Any]) -> None:
+    payload = json.dumps(content).encode()
+    request.send_response(status)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(payload)))
+    request.end_headers()
+    request.wfile.write(payload)
