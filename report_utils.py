@@ -183,7 +183,9 @@ class Progress:
 
     def __init__(self, fits: int, epochs: int) -> None:
         self.started = time.monotonic()
-        self._bar = tqdm(total=fits * epochs, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=fits * epochs, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0
+        )
         self._print("\n epoch │ train loss │ train accuracy │ validation accuracy │ time   (means over the folds)")
         self._print("───────┼────────────┼────────────────┼─────────────────────┼────────")
 

@@ -1,0 +1,142 @@
+"""The settings: what is accepted, what is refused and how, and how many workers a machine gets."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import main_cnn
+import main_tutorial
+import train_utils
+from train_utils import TrainingConfig, plan_workers
+
+ORDER = (
+    "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE RNG_SEED DEVICE PRECISION WORKERS RESUME "
+    "WANDB_MODE WANDB_PROJECT_NAME WANDB_API_KEY_PATH DATA_DIR RUNS_DIR"
+).split()
+GOOD = {
+    "DATASET": ["MNIST", "FashionMNIST", "KMNIST", "Digits"],
+    "FOLDS": [2, 100],
+    "EPOCHS": [1, 10**6],
+    "BATCH_SIZE": [2, 10**9],
+    "LEARNING_RATE": [1e-9, 5.0],
+    "LR_SCHEDULE": ["constant"],
+    "RNG_SEED": [0, 2**32 - 1],
+    "DEVICE": ["cpu", "auto"],
+    "PRECISION": ["auto", "float32"],
+    "WORKERS": ["auto", 1, 64],
+    "RESUME": [False],
+    "WANDB_MODE": ["auto", "online", "offline", "disabled"],
+    "WANDB_PROJECT_NAME": ["cnn fun", "x" * 128],
+    "WANDB_API_KEY_PATH": ["key.txt", Path("key.txt")],
+    "DATA_DIR": ["data", Path("/data")],
+    "RUNS_DIR": ["runs", Path("/runs")],
+}
+BAD = {
+    "DATASET": ["CIFAR10", "digits", "", None, 1],
+    "FOLDS": [1, 0, -5, True, 5.0, "5", None],
+    "EPOCHS": [0, -1, True, 1.0, "1", None],
+    "BATCH_SIZE": [1, 0, True, 64.0, "64", None],
+    "LEARNING_RATE": [0, 0.0, -0.1, float("nan"), float("inf"), True, "0.1", None],
+    "LR_SCHEDULE": ["linear", None, 1],
+    "RNG_SEED": [-1, 2**32, True, 1.0, "1", None],
+    "DEVICE": ["gpu", "CPU", "cuda:", "cuda:x", "cuda:99", "cpu ", "cpu\n", 0, None],
+    "PRECISION": ["float16", "double", 32, None],
+    "WORKERS": [0, -1, True, 1.0, "2", "all", None],
+    "RESUME": [0, "False", None],
+    "WANDB_MODE": ["on", "dryrun", True, None],
+    "WANDB_PROJECT_NAME": ["", "x" * 129, *(f"a{character}b" for character in "/\\#?%:"), 1, None],
+    "WANDB_API_KEY_PATH": ["", "a\0b", 1, None],
+    "DATA_DIR": ["", "a\0b", 1, None],
+    "RUNS_DIR": ["", "a\0b", 1, None],
+}
+
+
+def cases(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize("script", [main_cnn, main_tutorial])
+def test_a_scripts_constants_stand_in_the_designs_order(script: ModuleType) -> None:
+    assert [name for name in vars(script) if name.isupper()] == ORDER
+
+
+@pytest.mark.parametrize("script", [main_cnn, main_tutorial])
+def test_a_scripts_own_constants_are_accepted(script: ModuleType) -> None:
+    assert TrainingConfig.from_constants(vars(script)).folds == 5
+
+
+@pytest.mark.parametrize(("name", "value"), cases(GOOD))
+def test_a_good_value_is_accepted(name: str, value: Any) -> None:
+    assert getattr(TrainingConfig.from_constants(vars(main_cnn) | {name: value}), name.lower()) == value
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD))
+def test_a_bad_value_is_refused_by_the_constants_name_alone(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.from_constants(vars(main_cnn) | {name: value})
+    named = [other for other in ORDER if f"{other} must be" in str(error.value)]
+    assert named == [name]
+
+
+def test_all_bad_values_are_named_at_once() -> None:
+    first_bad = {name: values[0] for name, values in BAD.items()}
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.from_constants(first_bad)
+    assert all(f"{name} must be" in str(error.value) for name in ORDER)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="DEVICE must be .* on this machine, got 'cuda'"):
+        TrainingConfig.from_constants(vars(main_cnn) | {"DEVICE": "cuda"})
+
+
+def test_the_configuration_cannot_be_changed() -> None:
+    config = TrainingConfig.from_constants(vars(main_cnn))
+    with pytest.raises(AttributeError):
+        config.epochs = 1  # ty: ignore
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4, 6, 8, 16, 64])
+@pytest.mark.parametrize("workers", ["auto", 1, 2, 100])
+def test_workers_times_threads_never_exceed_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int | str
+) -> None:
+    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: cores)
+    threads, planned = plan_workers(TrainingConfig.from_constants(vars(main_cnn) | {"WORKERS": workers}), "cpu")
+    assert threads == max(1, cores // min(cores, 6))
+    assert 1 <= planned <= 6 and planned * threads <= cores
+    assert workers != "auto" or planned == min(cores, 6)
+
+
+def test_a_gpu_gets_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: 16)
+    assert plan_workers(TrainingConfig.from_constants(vars(main_cnn)), "cuda")[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("constants", "named"),
+    [({"EPOCHS": 0, "FOLDS": True}, ["EPOCHS must be", "FOLDS must be"]), ({"FOLDS": 1000}, ["FOLDS must be at most"])],
+)
+def test_a_script_with_bad_constants_ends_with_status_2_and_no_traceback(
+    start_script: Callable[..., subprocess.Popen[str]], constants: dict[str, Any], named: list[str]
+) -> None:
+    process = start_script("main_cnn", **constants)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert all(text in errors for text in named) and "Traceback" not in errors
+
+
+def test_a_constant_that_was_deleted_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(main_cnn, "EPOCHS")
+    with pytest.raises(SystemExit) as stop:
+        main_cnn.main()
+    assert stop.value.code == 2
+    assert "EPOCHS is missing" in capsys.readouterr().err

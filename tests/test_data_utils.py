@@ -1,0 +1,240 @@
+"""Data sets: where they come from, what is refused as damaged, and how they become batches and folds."""
+
+import gzip
+import hashlib
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import StratifiedKFold
+from torchvision import datasets
+
+import data_utils
+from data_utils import Batches, Dataset, DatasetError, folds_problem, load_dataset, pixel_statistics, split
+
+CPU = torch.device("cpu")
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data_utils.FILE_KINDS
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("Digits", "unused")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Return an array of bytes as an IDX file holds it."""
+    return np.array([0x800 + array.ndim, *array.shape], dtype=">u4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+def idx_files(dataset: Dataset) -> dict[str, bytes]:
+    return dict(zip(data_utils.FILE_KINDS, (idx(tensor.numpy()) for tensor in dataset[:4]), strict=True))
+
+
+@pytest.fixture
+def raw(tmp_path: Path, digits: Dataset) -> Path:
+    """Return the folder of a whole FashionMNIST that is really the digits."""
+    folder = tmp_path / "data" / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, content in idx_files(digits).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(data_utils, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+
+
+def assert_same(first: Dataset, second: Dataset) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+
+
+def test_digits_are_bytes_of_28_by_28_pixels_with_a_fixed_split(digits: Dataset) -> None:
+    assert digits.train_images.shape == (1437, 28, 28) and digits.test_images.shape == (360, 28, 28)
+    assert digits.train_images.dtype == torch.uint8 and digits.train_labels.dtype == torch.int64
+    assert digits.train_images.min() == 0 and digits.train_images.max() > 240
+    assert digits.class_names == list("0123456789")
+    assert load_dataset("Digits", "elsewhere").digest() == digits.digest()
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_files_on_disk_are_loaded_as_they_are(tmp_path: Path, digits: Dataset, name: str) -> None:
+    folder = tmp_path / name / "raw"
+    folder.mkdir(parents=True)
+    for file, content in idx_files(digits).items():
+        (folder / file).write_bytes(content)
+    loaded = load_dataset(name, tmp_path)
+    assert_same(loaded, digits)
+    assert len(loaded.class_names) == 10
+
+
+def test_a_users_own_uneven_subset_is_accepted(raw: Path, digits: Dataset) -> None:
+    keep = (digits.train_labels < 3) | (torch.arange(len(digits.train_labels)) % 7 == 0)
+    (raw / TRAIN_IMAGES).write_bytes(idx(digits.train_images[keep].numpy()))
+    (raw / TRAIN_LABELS).write_bytes(idx(digits.train_labels[keep].numpy()))
+    assert len(load_dataset("FashionMNIST", raw.parents[1]).train_labels) == int(keep.sum())
+
+
+def test_packed_files_beside_the_unpacked_ones_are_unpacked(raw: Path, digits: Dataset) -> None:
+    for name in (TRAIN_IMAGES, TEST_LABELS):
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
+
+
+def test_debians_package_fills_an_empty_folder(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, content in idx_files(digits).items():
+        (package / f"{name}.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(data_utils, "DEBIAN_FASHION_MNIST", package)
+    assert_same(load_dataset("FashionMNIST", tmp_path / "data"), digits)
+
+
+def test_debians_package_does_not_complete_a_users_own_files(
+    raw: Path, tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, content in idx_files(digits).items():
+        (package / f"{name}.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(data_utils, "DEBIAN_FASHION_MNIST", package)
+    (raw / TEST_LABELS).unlink()
+    with pytest.raises(DatasetError, match="could not be downloaded"):
+        load_dataset("FashionMNIST", raw.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (TRAIN_IMAGES, lambda content: content[:-1]),
+        (TRAIN_IMAGES, lambda content: content + b"x"),
+        (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:]),
+        (TEST_LABELS, lambda content: b""),
+        (TRAIN_LABELS, lambda content: idx(np.zeros(5))),
+        (TEST_LABELS, lambda content: content[:-1] + b"\x0a"),
+        (TEST_IMAGES, lambda content: idx(np.zeros((360, 20, 20)))),
+        (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28)))),
+    ],
+    ids=["cut off", "too long", "still packed", "no byte", "too few labels", "label 10", "20x20", "no image"],
+)
+def test_a_damaged_file_is_named_with_what_to_do(raw: Path, name: str, change: partial[bytes]) -> None:
+    (raw / name).write_bytes(change((raw / name).read_bytes()))
+    with pytest.raises(DatasetError, match=f"{name} is damaged.*Delete"):
+        load_dataset("FashionMNIST", raw.parents[1])
+
+
+def test_a_packed_file_that_was_cut_off_is_named_and_leaves_nothing_half_made(raw: Path) -> None:
+    packed = raw / f"{TRAIN_IMAGES}.gz"
+    packed.write_bytes(gzip.compress((raw / TRAIN_IMAGES).read_bytes())[:-100])
+    (raw / TRAIN_IMAGES).unlink()
+    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged.*Delete"):
+        load_dataset("FashionMNIST", raw.parents[1])
+    assert not (raw / TRAIN_IMAGES).exists()
+
+
+def test_without_data_and_network_the_message_names_the_ways_out(tmp_path: Path, no_network: None) -> None:
+    with pytest.raises(DatasetError) as error:
+        load_dataset("FashionMNIST", tmp_path / "data")
+    for way_out in ("apt-get install dataset-fashion-mnist", "Copy its four files", 'DATASET = "Digits"'):
+        assert way_out in str(error.value)
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_server_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    monkeypatch.setattr(data_utils, "DOWNLOAD_STALL_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
+        with pytest.raises(DatasetError, match="nothing arrived for 1 seconds"):
+            load_dataset("FashionMNIST", tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[str]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_a_download_arrives_whole(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str
+) -> None:
+    resources = []
+    for name, content in idx_files(digits).items():
+        packed = gzip.compress(content)
+        (tmp_path / "served" / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [file_server])
+    monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
+    assert_same(load_dataset("FashionMNIST", tmp_path / "data"), digits)
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    assert sorted(path.name for path in raw.iterdir()) == sorted(data_utils.FILE_KINDS)
+
+
+def make_batches(images: int, batch_size: int, training: bool) -> Batches:
+    pixels = torch.arange(images, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)
+    return Batches(pixels, torch.arange(images), batch_size, 0.5, 0.25, CPU, training)
+
+
+def test_training_batches_hold_every_image_once_in_another_order() -> None:
+    labels = torch.cat([labels for _, labels in make_batches(100, 32, training=True)])
+    assert torch.equal(labels.sort().values, torch.arange(100)) and not torch.equal(labels, torch.arange(100))
+
+
+@pytest.mark.parametrize(("training", "sizes"), [(True, [32, 32]), (False, [32, 32, 1])])
+def test_only_training_leaves_out_a_last_batch_of_one(training: bool, sizes: list[int]) -> None:
+    batches = make_batches(65, 32, training)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert len(batches) == len(sizes)
+
+
+def test_batches_are_normalised_floats_with_a_channel() -> None:
+    images, labels = next(iter(make_batches(10, 4, training=False)))
+    assert images.shape == (4, 1, 28, 28) and images.dtype == torch.float32
+    torch.testing.assert_close(images[:, 0, 0, 0], (labels / 255 - 0.5) / 0.25)
+
+
+def test_a_batch_size_above_the_images_gives_one_batch() -> None:
+    assert [len(labels) for _, labels in make_batches(10, 10**30, training=True)] == [10]
+
+
+def test_pixel_statistics_are_mean_and_standard_deviation(digits: Dataset) -> None:
+    pixels = digits.train_images.numpy() / 255
+    assert pixel_statistics(digits.train_images) == pytest.approx((pixels.mean(), pixels.std()))
+
+
+def test_folds_are_scikit_learns_stratified_ones(digits: Dataset) -> None:
+    splitter = StratifiedKFold(5, shuffle=True, random_state=7)
+    expected = list(splitter.split(np.zeros(len(digits.train_labels)), digits.train_labels))
+    for fold, (train, held_out) in enumerate(expected):
+        (images, labels), (other_images, other_labels) = split(digits, 5, fold, 7)
+        assert torch.equal(images, digits.train_images[train]) and torch.equal(labels, digits.train_labels[train])
+        assert torch.equal(other_images, digits.train_images[held_out])
+        assert torch.equal(other_labels, digits.train_labels[held_out])
+
+
+def test_the_final_fit_trains_on_all_and_is_tested_on_the_test_images(digits: Dataset) -> None:
+    (images, _), (test_images, _) = split(digits, 5, None, 7)
+    assert images is digits.train_images and test_images is digits.test_images
+
+
+def test_more_folds_than_images_of_a_class_are_a_problem(digits: Dataset) -> None:
+    smallest = int(digits.train_labels.bincount().min())
+    assert folds_problem(digits, smallest) is None
+    assert "FOLDS must be at most" in str(folds_problem(digits, smallest + 1))
