@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import joblib
 import numpy as np
@@ -69,7 +69,9 @@ class TrainingConfig:
         description='"cpu", "cuda", "cuda:N", "mps" or "auto", and on this machine',
     )
     precision: Literal["auto", "float32"] = Field(description='"auto" or "float32"')
-    workers: Literal["auto"] | StrictInt = Field(description='"auto" or an integer of at least 1')
+    workers: Literal["auto"] | Annotated[StrictInt, Field(ge=1)] = Field(
+        description='"auto" or an integer of at least 1'
+    )
     resume: Literal[False] = Field(description="False")
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
         description='"auto", "online", "offline" or "disabled"'
@@ -89,19 +91,17 @@ class TrainingConfig:
         try:
             checked = handler(value)
             bad = (
-                (name == "resume" and type(value) is not bool)
-                or (name == "workers" and checked != "auto" and checked < 1)
+                (name == "resume" and type(value) is not bool)  # 0 == False
                 or (name == "device" and not _device_is_here(checked))
                 or (name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(checked))
             )
         except pydantic.ValidationError:
             bad = True
         if bad:
-            message = "{name} must be {allowed}, got {found}"
-            allowed = cls.__pydantic_fields__[name].description
-            raise PydanticCustomError(
-                "setting", message, {"name": name.upper(), "allowed": allowed, "found": _shorten(repr(value))}
-            )
+            wanted, found = cls.__pydantic_fields__[name].description, repr(value)
+            found = found if len(found) <= 80 else f"{found[:77]}…"
+            parts = {"name": name.upper(), "wanted": wanted, "found": found}
+            raise PydanticCustomError("setting", "{name} must be {wanted}, got {found}", parts)
         return checked
 
     @classmethod
@@ -161,9 +161,7 @@ def train_loop(
         losses.append(loss.detach())  # summed up at the end: reading a value here would make a GPU wait
         correct.append((logits.argmax(1) == labels).sum())
         sizes.append(len(labels))
-    weights = torch.tensor(sizes, dtype=torch.float64)
-    mean_loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
-    return mean_loss.item(), torch.stack(correct).sum().item() / sum(sizes)
+    return _mean_per_sample(losses, sizes), torch.stack(correct).sum().item() / sum(sizes)
 
 
 @torch.no_grad()
@@ -193,9 +191,13 @@ def test_loop(
         losses.append(loss_fn(logits, labels))
         all_labels.append(labels)
         all_probabilities.append(logits.softmax(1))
-    weights = torch.tensor([len(labels) for labels in all_labels], dtype=torch.float64)
-    mean_loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
-    return mean_loss.item(), torch.cat(all_labels).cpu(), torch.cat(all_probabilities).cpu()
+    mean_loss = _mean_per_sample(losses, [len(labels) for labels in all_labels])
+    return mean_loss, torch.cat(all_labels).cpu(), torch.cat(all_probabilities).cpu()
+
+
+def _mean_per_sample(losses: list[Tensor], sizes: list[int]) -> float:
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    return (torch.stack(losses).cpu().double() @ weights / weights.sum()).item()
 
 
 def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[str, Any]]:
@@ -401,7 +403,3 @@ def _device_is_here(device: str) -> bool:
 
 def _is_path(path: str | Path) -> bool:
     return bool(str(path).strip()) and "\0" not in str(path)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}…"
