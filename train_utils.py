@@ -37,7 +37,7 @@ from report_utils import (
     save_atomically,
     save_json,
 )
-from wandb_utils import WandbRuns
+from wandb_utils import WandbRuns, choose_mode
 
 PROJECT_DIR = Path(__file__).resolve().parent
 EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are slower
@@ -279,6 +279,7 @@ def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> Expe
         If a loss is no longer finite, or worker processes keep dying.
     """
     started = time.monotonic()
+    wandb_mode, wandb_key = choose_mode(config.wandb_mode, PROJECT_DIR / config.wandb_api_key_path)
     dataset = load_dataset(config.dataset, PROJECT_DIR / config.data_dir)
     if problem := folds_problem(dataset, config.folds):
         raise ConfigurationError(problem)
@@ -293,7 +294,8 @@ def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> Expe
     environment = describe_environment(device=device, precision="float32", threads_per_fit=threads, workers=workers)
     print(model_class())
     logged = config.to_dict() | {"model": str(model_class()), "environment": environment}
-    with WandbRuns(logged, [fit.name for fit in fits], run_dir.name, PROJECT_DIR) as runs:
+    names = [fit.name for fit in fits]
+    with WandbRuns(wandb_mode, wandb_key, logged, names, run_dir.name, PROJECT_DIR) as runs:
         outcomes = _train_all(config, fits, workers, run_dir, runs)
         class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
         results = {

@@ -24,23 +24,28 @@ class WandbRuns:
 
     Parameters
     ----------
+    mode, key : str
+        As `choose_mode` returns them.
     config : dict
-        All settings as they shall be logged; "wandb_mode", "wandb_project_name" and "wandb_api_key_path" are used too.
+        All settings as they shall be logged; "wandb_project_name" is used too.
     fit_names : list of str
         One run is opened for each; "final" gets the job type "final", all others "fold".
     group : str
         The experiment, as W&B groups its runs.
     project_dir : Path
-        The key's path is relative to it, and W&B's folder is made in it unless WANDB_DIR says otherwise.
-
-    Raises
-    ------
-    wandb.errors.AuthenticationError
-        If the server refuses the key; the message says where the key was found, never what it is.
+        W&B's folder is made in it unless WANDB_DIR says otherwise.
     """
 
-    def __init__(self, config: dict[str, Any], fit_names: list[str], group: str, project_dir: Path) -> None:
-        self.mode, key = choose_mode(config["wandb_mode"], project_dir / config["wandb_api_key_path"])
+    def __init__(
+        self,
+        mode: str,
+        key: str | None,
+        config: dict[str, Any],
+        fit_names: list[str],
+        group: str,
+        project_dir: Path,
+    ) -> None:
+        self.mode = mode
         self.folder = Path(os.environ.get("WANDB_DIR", project_dir))
         if self.mode != "disabled":  # else W&B keeps what it stages for tables and images in the user's home
             for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
@@ -163,7 +168,8 @@ def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
     Raises
     ------
     wandb.errors.AuthenticationError
-        If the mode is online and there is no key, or the server refuses it.
+        If the mode is online and there is no key, or the server refuses it; the message says where the key was found,
+        never what it is.
     """
     mode = {"dryrun": "offline"}.get(asked := os.environ.get("WANDB_MODE") or mode, asked)
     if mode not in ("auto", "online", "offline", "disabled"):

@@ -86,7 +86,11 @@ def test_with_a_key_in_the_file_everything_is_uploaded_at_once(
 
 
 def test_a_refused_key_is_a_configuration_error_that_names_its_source(
-    configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
     with pytest.raises(SystemExit) as stop:
@@ -94,7 +98,7 @@ def test_a_refused_key_is_a_configuration_error_that_names_its_source(
     output = "".join(capfd.readouterr())
     assert stop.value.code == 2
     assert "environment variable WANDB_API_KEY" in output and "f" * 40 not in output
-    assert "epoch" not in output
+    assert "epoch" not in output and not (tmp_path / "runs").exists()
 
 
 def test_a_server_that_answers_500_is_replaced_by_offline(
