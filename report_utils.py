@@ -107,6 +107,8 @@ def user_errors() -> Iterator[None]:
     itself keep their traceback.
     """
     previous = _handle_signals()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a file on Windows may have no character for a table's lines
     try:
         yield
     except pydantic.ValidationError as error:

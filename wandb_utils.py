@@ -138,8 +138,11 @@ class WandbRuns:
             ],
         )
         run = self._runs[result["name"]]
-        run.log({"per_class": per_class, "confusion_matrix": matrix}, step=len(result["history"]))
         run.summary.update(scalars)
+        try:
+            run.log({"per_class": per_class, "confusion_matrix": matrix}, step=len(result["history"]))
+        except wandb.errors.Error as error:  # tables ask the server, which may be gone by now
+            print(f"W&B: the tables of {run.name} could not be logged ({type(error).__name__}).", file=sys.stderr)
 
     def log_summary(self, fit_name: str, values: dict[str, float]) -> None:
         """Add values to the summary of a fit's run."""

@@ -229,6 +229,15 @@ def test_without_a_terminal_there_are_rows_and_no_bar(start_script: Start) -> No
     assert "it/s" not in errors and "\r" not in errors
 
 
+def test_output_that_cannot_show_every_character_does_not_end_the_run(
+    start_script: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start_script("main_tutorial", EPOCHS=1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
 def test_ctrl_c_while_pytorch_loads_prints_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, main_cnn.__file__], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=tmp_path, text=True
