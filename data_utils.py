@@ -115,7 +115,7 @@ def folds_problem(dataset: Dataset, folds: int) -> str | None:
     """Return what is wrong with that many folds of the training images, or None."""
     labels, counts = dataset.train_labels.unique(return_counts=True)
     smallest, images = int(counts.argmin()), len(dataset.train_labels)
-    if folds > counts[smallest]:
+    if folds > int(counts[smallest]):  # int: a tensor compares no integer beyond 64 bits
         name = dataset.class_names[labels[smallest]]
         return (
             f"FOLDS must be at most {counts[smallest]}, the training images of the smallest class ({name}), got {folds}"
@@ -230,6 +230,7 @@ def _get_files(torchvision_class: type[datasets.MNIST], data_dir: Path, raw_dir:
             ready_dir = Path(temporary)
             for file in missing:
                 _unpack(source / f"{file}.gz", ready_dir / file)
+                _check_idx_file(ready_dir / file, FILE_KINDS[file], blame=source / f"{file}.gz")
         else:
             _download(torchvision_class, Path(temporary), raw_dir)
             ready_dir = Path(temporary) / raw_dir.parent.name / "raw"
@@ -279,23 +280,29 @@ def _download(torchvision_class: type[datasets.MNIST], folder: Path, raw_dir: Pa
         )
 
 
-def _check_idx_file(path: Path, dimensions: int) -> None:
-    """Raise unless the header of an IDX file of unsigned bytes fits its length and this project's 28×28 images."""
+def _check_idx_file(path: Path, dimensions: int, blame: Path | None = None) -> None:
+    """Raise unless the header of an IDX file of unsigned bytes fits its length and this project's 28×28 images.
+
+    `blame` is the file to name where `path` was only unpacked from it.
+    """
     with open(path, "rb") as file:
         header = file.read(4 + 4 * dimensions)
     if len(header) < 4 + 4 * dimensions:
-        raise _damaged(path, f"it is only {len(header)} bytes long")
+        raise _damaged(blame or path, f"it is only {len(header)} bytes long")
     magic, *sizes = struct.unpack(f">{1 + dimensions}I", header)
     if magic != 0x0800 + dimensions:
-        raise _damaged(path, f"it begins with {header[:4].hex()} instead of {0x0800 + dimensions:08x}")
+        raise _damaged(blame or path, f"it begins with {header[:4].hex()} instead of {0x0800 + dimensions:08x}")
     expected, found = len(header) + int(np.prod(sizes, dtype=object)), path.stat().st_size
     if found != expected:
-        raise _damaged(path, f"it is {found} bytes long, but its header asks for {expected}")
+        raise _damaged(blame or path, f"it is {found} bytes long, but its header asks for {expected}")
     if sizes[0] == 0:
-        raise _damaged(path, "it is empty")
+        raise _damaged(blame or path, "it is empty")
     if dimensions == 3 and sizes[1:] != [28, 28]:
-        raise _damaged(path, f"its images are {sizes[1]}×{sizes[2]}, but the networks take 28×28")
+        raise _damaged(blame or path, f"its images are {sizes[1]}×{sizes[2]}, but the networks take 28×28")
 
 
 def _damaged(path: Path, why: str) -> DatasetError:
-    return DatasetError(f"{path} is damaged: {why}. Delete this file (or put a good one in its place) and run again.")
+    return DatasetError(
+        f"{path} is damaged: {why}. Delete this file and, unless they are your own, the other three beside it; "
+        "then run again."
+    )

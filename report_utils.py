@@ -3,6 +3,7 @@
 Everything here takes plain dicts and numbers, as they stand in results.json; nothing here computes a result.
 """
 
+import io
 import json
 import os
 import platform
@@ -108,7 +109,8 @@ def user_errors() -> Iterator[None]:
     """
     previous = _handle_signals()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a file on Windows may have no character for a table's lines
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a file on Windows may have no character for a table's lines
     try:
         yield
     except pydantic.ValidationError as error:

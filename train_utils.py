@@ -44,7 +44,7 @@ EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are s
 State = dict[str, Any]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
 class TrainingConfig:
     """All settings of a run, checked; each field is a constant of the entry scripts, in lower case.
 
@@ -93,7 +93,7 @@ class TrainingConfig:
             bad = (
                 (name == "resume" and type(value) is not bool)  # 0 == False
                 or (name == "device" and not _device_is_here(checked))
-                or (name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(checked))
+                or (name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(value))
             )
         except pydantic.ValidationError:
             bad = True
@@ -403,5 +403,5 @@ def _device_is_here(device: str) -> bool:
     return device != "mps" or torch.backends.mps.is_available()
 
 
-def _is_path(path: str | Path) -> bool:
-    return bool(str(path).strip()) and "\0" not in str(path)
+def _is_path(path: Any) -> bool:
+    return isinstance(path, (str, Path)) and bool(str(path).strip()) and "\0" not in str(path)

@@ -23,7 +23,7 @@ GOOD = {
     "FOLDS": [2, 100],
     "EPOCHS": [1, 10**6],
     "BATCH_SIZE": [2, 10**9],
-    "LEARNING_RATE": [1e-9, 5.0],
+    "LEARNING_RATE": [1e-9, 5.0, 1],
     "LR_SCHEDULE": ["constant"],
     "RNG_SEED": [0, 2**32 - 1],
     "DEVICE": ["cpu", "auto"],
@@ -39,9 +39,9 @@ GOOD = {
 BAD = {
     "DATASET": ["CIFAR10", "digits", "", None, 1],
     "FOLDS": [1, 0, -5, True, 5.0, "5", None],
-    "EPOCHS": [0, -1, True, 1.0, "1", None],
+    "EPOCHS": [0, -1, True, 1.0, "1", None, float("nan"), float("inf")],
     "BATCH_SIZE": [1, 0, True, 64.0, "64", None],
-    "LEARNING_RATE": [0, 0.0, -0.1, float("nan"), float("inf"), True, "0.1", None],
+    "LEARNING_RATE": [0, 0.0, -0.1, float("nan"), float("inf"), -float("inf"), 10**400, True, "0.1", None],
     "LR_SCHEDULE": ["linear", None, 1],
     "RNG_SEED": [-1, 2**32, True, 1.0, "1", None],
     "DEVICE": ["gpu", "CPU", "cuda:", "cuda:x", "cuda:99", "cpu ", "cpu\n", 0, None],
@@ -83,6 +83,28 @@ def test_a_bad_value_is_refused_by_the_constants_name_alone(name: str, value: An
     assert named == [name]
 
 
+def test_the_bad_values_alone_are_named() -> None:
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.from_constants(vars(main_cnn) | {"EPOCHS": 0, "WORKERS": "2", "DATA_DIR": ""})
+    assert [name for name in ORDER if f"{name} must be" in str(error.value)] == ["EPOCHS", "WORKERS", "DATA_DIR"]
+
+
+def test_the_message_says_what_was_found() -> None:
+    with pytest.raises(ValueError, match="EPOCHS must be an integer of at least 1, got '2'"):
+        TrainingConfig.from_constants(vars(main_cnn) | {"EPOCHS": "2"})
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY_PATH", "DATA_DIR", "RUNS_DIR"])
+def test_a_path_of_bytes_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TrainingConfig.from_constants(vars(main_cnn) | {name: b"folder"})
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    with pytest.raises((TypeError, ValueError)):
+        TrainingConfig(**TrainingConfig.from_constants(vars(main_cnn)).to_dict(), epoch=3)  # ty: ignore
+
+
 def test_all_bad_values_are_named_at_once() -> None:
     first_bad = {name: values[0] for name, values in BAD.items()}
     with pytest.raises(ValueError) as error:
@@ -112,6 +134,26 @@ def test_workers_times_threads_never_exceed_the_cores(
     assert threads == max(1, cores // min(cores, 6))
     assert 1 <= planned <= 6 and planned * threads <= cores
     assert workers != "auto" or planned == min(cores, 6)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("folds", [2, 10])
+def test_threads_do_not_depend_on_workers(monkeypatch: pytest.MonkeyPatch, cores: int, folds: int) -> None:
+    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: cores)
+    settings = [vars(main_cnn) | {"FOLDS": folds, "WORKERS": workers} for workers in ("auto", 1, 2, 3, 100)]
+    assert len({plan_workers(TrainingConfig.from_constants(each), "cpu")[0] for each in settings}) == 1
+
+
+@pytest.mark.parametrize("folds", [2, 3, 10])
+def test_no_more_workers_than_fits(monkeypatch: pytest.MonkeyPatch, folds: int) -> None:
+    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: 16)
+    config = TrainingConfig.from_constants(vars(main_cnn) | {"FOLDS": folds, "WORKERS": 100})
+    assert plan_workers(config, "cpu")[1] <= folds + 1
+
+
+def test_the_environment_can_take_cores_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert plan_workers(TrainingConfig.from_constants(vars(main_cnn)), "cpu") == (1, 1)
 
 
 def test_a_gpu_gets_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:

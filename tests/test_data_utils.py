@@ -5,7 +5,7 @@ import hashlib
 import http.server
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -120,14 +120,35 @@ def test_debians_package_does_not_complete_a_users_own_files(
         (TRAIN_IMAGES, lambda content: content + b"x"),
         (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:]),
         (TEST_LABELS, lambda content: b""),
+        (TEST_IMAGES, lambda content: content[:10]),
+        (TEST_LABELS, lambda content: content[:-1]),
+        (TRAIN_IMAGES, lambda content: content[:4] + b"\xff" * 12),
+        (TEST_IMAGES, lambda content: idx(np.zeros(360))),
         (TRAIN_LABELS, lambda content: idx(np.zeros(5))),
+        (TEST_LABELS, lambda content: idx(np.zeros(361))),
+        (TRAIN_LABELS, lambda content: content[:-1] + b"\xff"),
         (TEST_LABELS, lambda content: content[:-1] + b"\x0a"),
         (TEST_IMAGES, lambda content: idx(np.zeros((360, 20, 20)))),
         (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28)))),
     ],
-    ids=["cut off", "too long", "still packed", "no byte", "too few labels", "label 10", "20x20", "no image"],
+    ids=[
+        "cut off",
+        "too long",
+        "still packed",
+        "no byte",
+        "header cut off",
+        "labels cut off",
+        "header asks for the impossible",
+        "labels in the place of images",
+        "too few labels",
+        "too many labels",
+        "label 255",
+        "label 10",
+        "20x20",
+        "no image",
+    ],
 )
-def test_a_damaged_file_is_named_with_what_to_do(raw: Path, name: str, change: partial[bytes]) -> None:
+def test_a_damaged_file_is_named_with_what_to_do(raw: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     (raw / name).write_bytes(change((raw / name).read_bytes()))
     with pytest.raises(DatasetError, match=f"{name} is damaged.*Delete"):
         load_dataset("FashionMNIST", raw.parents[1])
@@ -140,6 +161,25 @@ def test_a_packed_file_that_was_cut_off_is_named_and_leaves_nothing_half_made(ra
     with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged.*Delete"):
         load_dataset("FashionMNIST", raw.parents[1])
     assert not (raw / TRAIN_IMAGES).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda packed: b"<html>503</html>", lambda packed: packed[:-8] + bytes(8), lambda packed: packed + b"rest"],
+    ids=["not packed at all", "wrong checksum", "too long"],
+)
+def test_a_damaged_packed_file_is_named_with_what_to_do(raw: Path, change: Callable[[bytes], bytes]) -> None:
+    (raw / f"{TRAIN_IMAGES}.gz").write_bytes(change(gzip.compress((raw / TRAIN_IMAGES).read_bytes())))
+    (raw / TRAIN_IMAGES).unlink()
+    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged.*Delete"):
+        load_dataset("FashionMNIST", raw.parents[1])
+
+
+def test_a_packed_file_with_damaged_content_is_the_one_to_delete(raw: Path) -> None:
+    (raw / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress((raw / TRAIN_IMAGES).read_bytes()[:-5]))
+    (raw / TRAIN_IMAGES).unlink()
+    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz"):
+        load_dataset("FashionMNIST", raw.parents[1])
 
 
 def test_without_data_and_network_the_message_names_the_ways_out(tmp_path: Path, no_network: None) -> None:
@@ -161,6 +201,28 @@ def test_a_server_that_never_answers_is_given_up(
     assert not list((tmp_path / "data").iterdir())
 
 
+def test_a_download_that_stops_half_way_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    monkeypatch.setattr(data_utils, "DOWNLOAD_STALL_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def send_half() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 200000\r\n\r\n" + bytes(100000))
+                given_up.wait(30)
+
+        given_up = threading.Event()
+        threading.Thread(target=send_half, daemon=True).start()
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
+        with pytest.raises(DatasetError, match="nothing arrived for 1 seconds"):
+            load_dataset("FashionMNIST", tmp_path / "data")
+        given_up.set()
+    assert not list((tmp_path / "data").iterdir())
+
+
 @pytest.fixture
 def file_server(tmp_path: Path) -> Iterator[str]:
     folder = tmp_path / "served"
@@ -172,19 +234,30 @@ def file_server(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 def test_a_download_arrives_whole(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str, name: str
 ) -> None:
     resources = []
-    for name, content in idx_files(digits).items():
+    for file, content in idx_files(digits).items():
         packed = gzip.compress(content)
-        (tmp_path / "served" / f"{name}.gz").write_bytes(packed)
-        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [file_server])
-    monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
-    assert_same(load_dataset("FashionMNIST", tmp_path / "data"), digits)
-    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+        (tmp_path / "served" / f"{file}.gz").write_bytes(packed)
+        resources.append((f"{file}.gz", hashlib.md5(packed).hexdigest()))
+    monkeypatch.setattr(getattr(datasets, name), "mirrors", [file_server])
+    monkeypatch.setattr(getattr(datasets, name), "resources", resources)
+    assert_same(load_dataset(name, tmp_path / "data"), digits)
+    raw = tmp_path / "data" / name / "raw"
     assert sorted(path.name for path in raw.iterdir()) == sorted(data_utils.FILE_KINDS)
+
+
+def test_a_download_with_another_checksum_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str
+) -> None:
+    (tmp_path / "served" / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress(b"other bytes"))
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [file_server])
+    with pytest.raises(DatasetError, match="could not be downloaded"):
+        load_dataset("FashionMNIST", tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
 
 
 def make_batches(images: int, batch_size: int, training: bool) -> Batches:
@@ -195,6 +268,35 @@ def make_batches(images: int, batch_size: int, training: bool) -> Batches:
 def test_training_batches_hold_every_image_once_in_another_order() -> None:
     labels = torch.cat([labels for _, labels in make_batches(100, 32, training=True)])
     assert torch.equal(labels.sort().values, torch.arange(100)) and not torch.equal(labels, torch.arange(100))
+
+
+def test_evaluation_batches_hold_every_image_once_in_order() -> None:
+    labels = torch.cat([labels for _, labels in make_batches(100, 32, training=False)])
+    assert torch.equal(labels, torch.arange(100))
+
+
+def test_a_batchs_labels_belong_to_its_images() -> None:
+    images, labels = next(iter(make_batches(100, 32, training=True)))
+    torch.testing.assert_close(images[:, 0, 5, 5], (labels / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("images", [1, 2, 31, 32, 33, 34, 64, 65])
+def test_the_length_is_the_number_of_batches(images: int, training: bool) -> None:
+    batches = make_batches(images, 32, training)
+    assert len(batches) == len(list(batches))
+
+
+def test_images_stay_bytes_in_memory(digits: Dataset) -> None:
+    batches = Batches(digits.train_images, digits.train_labels, 64, 0.5, 0.25, CPU, training=True)
+    next(iter(batches))
+    assert batches.images.dtype == torch.uint8
+
+
+def test_making_batches_leaves_the_images_as_they_are(digits: Dataset) -> None:
+    before = digits.test_images.clone()
+    list(Batches(digits.test_images, digits.test_labels, 64, 0.5, 0.25, CPU))
+    assert torch.equal(digits.test_images, before)
 
 
 @pytest.mark.parametrize(("training", "sizes"), [(True, [32, 32]), (False, [32, 32, 1])])
@@ -219,6 +321,47 @@ def test_pixel_statistics_are_mean_and_standard_deviation(digits: Dataset) -> No
     assert pixel_statistics(digits.train_images) == pytest.approx((pixels.mean(), pixels.std()))
 
 
+def test_pixel_statistics_count_every_image_of_many() -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5000, 28, 28), dtype=np.uint8))
+    pixels = images.numpy() / 255
+    assert pixel_statistics(images) == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
+
+
+@pytest.mark.parametrize("grey", [0, 7, 255])
+def test_images_of_one_grey_are_divided_by_one(grey: int) -> None:
+    assert pixel_statistics(torch.full((3, 28, 28), grey, dtype=torch.uint8)) == (grey / 255, 1.0)
+
+
+def numbered(labels: list[int]) -> Dataset:
+    """Return a data set whose images are their own numbers."""
+    images = torch.arange(len(labels)).to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)
+    return Dataset(images, torch.tensor(labels), images, torch.tensor(labels), ["a", "b", "c"])
+
+
+def parts_held_out(dataset: Dataset, folds: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [split(dataset, folds, fold, 7)[1] for fold in range(folds)]
+
+
+def test_folds_cover_every_training_image_once() -> None:
+    numbers = torch.cat([images[:, 0, 0] for images, _ in parts_held_out(numbered([0, 1, 2] * 20), 4)])
+    assert torch.equal(numbers.sort().values.long(), torch.arange(60))
+
+
+def test_a_fold_trains_on_all_images_but_its_own() -> None:
+    (trained_on, _), (kept_back, _) = split(numbered([0, 1, 2] * 20), 4, 2, 7)
+    assert sorted(torch.cat([trained_on, kept_back])[:, 0, 0].tolist()) == list(range(60))
+
+
+def test_folds_hold_each_class_in_the_same_share() -> None:
+    counts = [labels.bincount().tolist() for _, labels in parts_held_out(numbered([0] * 40 + [1] * 20 + [2] * 8), 4)]
+    assert counts == [[10, 5, 2]] * 4
+
+
+def test_another_seed_makes_other_folds() -> None:
+    dataset = numbered([0, 1, 2] * 20)
+    assert not torch.equal(split(dataset, 4, 0, 1)[1][0], split(dataset, 4, 0, 2)[1][0])
+
+
 def test_folds_are_scikit_learns_stratified_ones(digits: Dataset) -> None:
     splitter = StratifiedKFold(5, shuffle=True, random_state=7)
     expected = list(splitter.split(np.zeros(len(digits.train_labels)), digits.train_labels))
@@ -238,3 +381,18 @@ def test_more_folds_than_images_of_a_class_are_a_problem(digits: Dataset) -> Non
     smallest = int(digits.train_labels.bincount().min())
     assert folds_problem(digits, smallest) is None
     assert "FOLDS must be at most" in str(folds_problem(digits, smallest + 1))
+
+
+def test_the_problem_with_the_folds_names_the_smallest_class() -> None:
+    assert "3, the training images of the smallest class (b), got 4" in str(
+        folds_problem(numbered([0] * 9 + [1] * 3), 4)
+    )
+
+
+def test_folds_that_leave_one_image_to_train_on_are_a_problem() -> None:
+    assert "FOLDS must leave at least 2 images" in str(folds_problem(numbered([0, 0]), 2))
+
+
+@pytest.mark.parametrize("folds", [10**19, 10**30])
+def test_folds_beyond_64_bits_are_a_problem(digits: Dataset, folds: int) -> None:
+    assert "FOLDS must be at most" in str(folds_problem(digits, folds))

@@ -1,5 +1,7 @@
 """Whole small runs: what they return and leave on disk, that they repeat to the bit, and how they end."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -236,6 +238,12 @@ def test_output_that_cannot_show_every_character_does_not_end_the_run(
     process = start_script("main_tutorial", EPOCHS=1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+
+
+def test_a_standard_output_that_is_no_file_will_do(configure: Configure) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        configure(main_tutorial, EPOCHS=1).main()
+    assert "Cross-validation" in output.getvalue()
 
 
 def test_ctrl_c_while_pytorch_loads_prints_no_traceback(tmp_path: Path) -> None:

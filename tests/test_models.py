@@ -55,3 +55,12 @@ def test_the_mlp_has_layers_of_784_512_512_10() -> None:
 @pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
 def test_a_batch_of_images_gives_ten_logits_each(model_class: type[torch.nn.Module]) -> None:
     assert model_class()(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_the_mlp_takes_images_without_a_channel() -> None:
+    assert NeuralNetwork()(torch.zeros(3, 28, 28)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
+def test_one_image_is_enough_to_evaluate(model_class: type[torch.nn.Module]) -> None:
+    assert model_class().eval()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
