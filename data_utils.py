@@ -23,7 +23,7 @@ from torch.nn import functional
 from torchvision import datasets
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-DOWNLOAD_STALL_SECONDS = 20  # a download that brings no byte for so long is given up
+DOWNLOAD_STALL_SECONDS = 15  # a download that brings no byte for so long is given up; with imports, 30 s in all
 FILE_KINDS = {  # file name -> dimensions, as in http://yann.lecun.com/exdb/mnist (the IDX format)
     "train-images-idx3-ubyte": 3,
     "train-labels-idx1-ubyte": 1,
