@@ -59,6 +59,7 @@ class WandbRuns:
                 raise
             print(f"W&B: no run can be opened online ({type(error).__name__}); logging offline.", file=sys.stderr)
             self.mode = "offline"
+            wandb.teardown()  # else W&B holds the ids of the runs that failed to open for taken
             self._runs = {name: self._open(name, None) for name in fit_names}
 
     def _open(self, fit_name: str, key: str | None) -> wandb.Run:
