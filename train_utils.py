@@ -62,13 +62,13 @@ class TrainingConfig:
     epochs: StrictInt = Field(ge=1, description="an integer of at least 1")
     batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0")
-    lr_schedule: Literal["constant"] = Field(description='"constant"')
+    lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
     device: str = Field(
         pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",
         description='"cpu", "cuda", "cuda:N", "mps" or "auto", and on this machine',
     )
-    precision: Literal["auto", "float32"] = Field(description='"auto" or "float32"')
+    precision: Literal["auto", "float32", "bfloat16"] = Field(description='"auto", "float32" or "bfloat16"')
     workers: Literal["auto"] | Annotated[StrictInt, Field(ge=1)] = Field(
         description='"auto" or an integer of at least 1'
     )
@@ -123,6 +123,7 @@ class Fit:
     fold: int | None
     model_class: type[nn.Module]
     device: str
+    precision: str
     threads: int
     data_digest: str
 
@@ -132,6 +133,8 @@ def train_loop(
     model: nn.Module,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[float, float]:
     """Train a model for one epoch.
 
@@ -144,6 +147,10 @@ def train_loop(
     loss_fn : callable
         Takes logits and labels, returns the batch's mean loss.
     optimizer : torch.optim.Optimizer
+    scheduler : LRScheduler, optional
+        Changes the learning rate after each batch.
+    precision : torch.dtype
+        What the network is computed in: float32, or bfloat16 by autocast. Weights and loss are float32 in any case.
 
     Returns
     -------
@@ -153,11 +160,14 @@ def train_loop(
     model.train()
     losses, correct, sizes = [], [], []
     for images, labels in dataloader:
-        logits = model(images)
-        loss = loss_fn(logits, labels)
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = model(images)
+        loss = loss_fn(logits.float(), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.detach())  # summed up at the end: reading a value here would make a GPU wait
         correct.append((logits.argmax(1) == labels).sum())
         sizes.append(len(labels))
@@ -166,13 +176,16 @@ def train_loop(
 
 @torch.no_grad()
 def test_loop(
-    dataloader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    dataloader: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    precision: torch.dtype = torch.float32,
 ) -> tuple[float, Tensor, Tensor]:
     """Evaluate a model.
 
     Parameters
     ----------
-    dataloader, model, loss_fn
+    dataloader, model, loss_fn, precision
         As for `train_loop`.
 
     Returns
@@ -187,7 +200,8 @@ def test_loop(
     model.eval()
     losses, all_labels, all_probabilities = [], [], []
     for images, labels in dataloader:
-        logits = model(images)
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = model(images).float()
         losses.append(loss_fn(logits, labels))
         all_labels.append(labels)
         all_probabilities.append(logits.softmax(1))
@@ -215,7 +229,7 @@ def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None)
     Returns
     -------
     state : dict
-        State dicts of "model" and "optimizer", on the CPU.
+        State dicts of "model", "optimizer" and "scheduler", on the CPU.
     metrics : dict
         ``epoch``, ``train/loss``, ``train/accuracy``, ``learning_rate`` (at the epoch's start); for folds also
         ``validation/loss`` and ``validation/accuracy``. After the last epoch also "evaluation": loss, labels and class
@@ -223,34 +237,45 @@ def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None)
     """
     torch.set_num_threads(fit.threads)
     torch.manual_seed(int(np.random.SeedSequence((config.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
-    device = torch.device(fit.device)
-    model = fit.model_class().to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would train on the very tensors it is given
-
+    device, precision = torch.device(fit.device), getattr(torch, fit.precision)
     dataset = cached_dataset(config.dataset, PROJECT_DIR / config.data_dir, fit.data_digest)
     train_on, evaluate_on = split(dataset, config.folds, fit.fold, config.rng_seed)
     mean, std = pixel_statistics(train_on[0])
+    train_batches = Batches(*train_on, config.batch_size, mean, std, device, training=True)
+
+    model = fit.model_class().to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    scheduler = _make_scheduler(config, optimizer, len(train_batches) * config.epochs)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would train on the very tensors it is given
+        scheduler.load_state_dict(state["scheduler"])
+
     loss_fn = nn.CrossEntropyLoss()
-    learning_rate = optimizer.param_groups[0]["lr"]
-    train_loss, train_accuracy = train_loop(
-        Batches(*train_on, config.batch_size, mean, std, device, training=True), model, loss_fn, optimizer
+    metrics: dict[str, Any] = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+    metrics["train/loss"], metrics["train/accuracy"] = train_loop(
+        train_batches, model, loss_fn, optimizer, scheduler, precision
     )
-    metrics: dict[str, Any] = {
-        "epoch": epoch,
-        "train/loss": train_loss,
-        "train/accuracy": train_accuracy,
-        "learning_rate": learning_rate,
-    }
     if fit.fold is not None or epoch == config.epochs:
-        evaluation = test_loop(Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device), model, loss_fn)
+        batches = Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device)
+        evaluation = test_loop(batches, model, loss_fn, precision)
         if fit.fold is not None:
             metrics |= {"validation/loss": evaluation[0], "validation/accuracy": _accuracy(*evaluation[1:])}
         if epoch == config.epochs:
             metrics["evaluation"] = evaluation
-    return {"model": _to_cpu(model.state_dict()), "optimizer": _to_cpu(optimizer.state_dict())}, metrics
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    return {name: _to_cpu(part.state_dict()) for name, part in parts.items()}, metrics
+
+
+def _make_scheduler(
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the scheduler of a fit of that many optimizer steps; LEARNING_RATE is the highest rate of each."""
+    if config.lr_schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
+    if config.lr_schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> ExperimentResult:
@@ -284,14 +309,15 @@ def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> Expe
     if problem := folds_problem(dataset, config.folds):
         raise ConfigurationError(problem)
     device = _resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
     threads, workers = plan_workers(config, device)
-    digest = dataset.digest()
-    folds = [Fit(f"fold-{k + 1}", k, model_class, device, threads, digest) for k in range(config.folds)]
-    fits = [Fit("final", None, model_class, device, threads, digest), *folds]  # the longest first
+    shared = (model_class, device, precision, threads, dataset.digest())
+    folds = [Fit(f"fold-{k + 1}", k, *shared) for k in range(config.folds)]
+    fits = [Fit("final", None, *shared), *folds]  # the longest first
 
     run_dir = make_run_dir(PROJECT_DIR / config.runs_dir, f"{model_class.__name__}-{config.dataset}")
     save_json(run_dir / "config.json", config.to_dict())
-    environment = describe_environment(device=device, precision="float32", threads_per_fit=threads, workers=workers)
+    environment = describe_environment(device=device, precision=precision, threads_per_fit=threads, workers=workers)
     print(model_class())
     logged = config.to_dict() | {"model": str(model_class()), "environment": environment}
     names = [fit.name for fit in fits]
@@ -395,6 +421,21 @@ def _resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return next(name for name in ("cuda", "mps", "cpu") if _device_is_here(name))
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Return "float32" or "bfloat16": with "auto", bfloat16 where the device computes it natively."""
+    if precision != "auto":
+        return precision
+    if device.startswith("cuda"):
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    elif device == "cpu":
+        features = torch.cpu.get_capabilities()  # the first two are x86's, the others Arm's
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+        native = native and torch.backends.mkldnn.is_available()  # else PyTorch has no fast code for it, as on macOS
+    else:
+        native = False
+    return "bfloat16" if native else "float32"
 
 
 def _device_is_here(device: str) -> bool:

