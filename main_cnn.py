@@ -17,15 +17,15 @@ DATASET = "FashionMNIST"  # or "MNIST", "KMNIST", "Digits" (small, comes with sc
 FOLDS = 5  # parts of the cross-validation: 2 or more
 EPOCHS = 10  # times that each fit sees its training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
-LEARNING_RATE = 0.001  # step size of Adam: above 0
-LR_SCHEDULE = "constant"  # how the learning rate changes over the run
+LEARNING_RATE = 0.001  # step size of Adam, at its peak where the schedule changes it: above 0
+LR_SCHEDULE = "constant"  # the learning rate's course; or "cosine", "one_cycle": up, then down to 0
 RNG_SEED = 314  # fixes everything random: 0 … 4294967295
 
 # How it is computed
 DEVICE = "cpu"  # or "cuda", "cuda:1", "mps" (Apple), "auto": the fastest that is here
-PRECISION = "auto"  # or "float32", which is what "auto" means
+PRECISION = "auto"  # bfloat16 where the processor is fast in it; or "float32", "bfloat16"
 WORKERS = "auto"  # fits trained side by side: one a core, or a number; does not change the results
-RESUME = False  # start anew
+RESUME = True  # go on with an unfinished run of the same settings; or False: start anew
 
 # Where it is logged
 WANDB_MODE = "auto"  # online if there is a key, else offline; or "online", "offline", "disabled"

