@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import pydantic
 import torch
 from filelock import FileLock, Timeout
@@ -380,9 +381,9 @@ def _draw_learning_curves(result: ExperimentResult) -> Figure:
     for row, (quantity, unit) in enumerate((("loss", "mean cross-entropy per image"), ("accuracy", "share right"))):
         for column, (part, colour) in enumerate((("train", BLUE), ("validation", ORANGE))):
             plot = axes[row, column]
-            curves = torch.tensor([[epoch[f"{part}/{quantity}"] for epoch in fold.history] for fold in result.folds])
+            curves = np.array([[epoch[f"{part}/{quantity}"] for epoch in fold.history] for fold in result.folds])
             epochs = [epoch["epoch"] for epoch in result.folds[0].history]
-            mean, std = curves.mean(0), curves.std(0) if len(curves) > 1 else torch.zeros(len(epochs))
+            mean, std = curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(epochs))
             for number, curve in enumerate(curves):
                 plot.plot(epochs, curve, color=colour, alpha=0.4, linewidth=0.8, label=None if number else "each fold")
             plot.plot(epochs, mean, color=colour, linewidth=2.5, marker=".", label="mean of the folds")
@@ -416,6 +417,7 @@ def _draw_per_class(result: ExperimentResult) -> Figure:
         plot.annotate(f"{test:.3f}", (test, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
     plot.set_yticks(range(len(classes)), classes)
     plot.set_ylim(-0.6, len(classes) - 0.3)
+    plot.set_ylabel("class")
     plot.set_xlabel("F1 score (1 is best)")
     plot.set_title("How well each class is recognised")
     plot.grid(alpha=0.3)
@@ -424,14 +426,14 @@ def _draw_per_class(result: ExperimentResult) -> Figure:
 
 
 def _draw_confusion_matrix(final: FitResult) -> Figure:
-    counts = torch.tensor(final.confusion, dtype=torch.float64)
-    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    counts = np.array(final.confusion)
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(10, 9), layout="constrained")
     plot = figure.subplots()
     image = plot.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    for row, column in torch.cartesian_prod(torch.arange(len(counts)), torch.arange(len(counts))).tolist():
-        if count := int(counts[row, column]):
-            share = shares[row, column].item()
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            share = shares[row, column]
             colour = "white" if share > 50 else "black"
             plot.text(column, row, f"{count}\n{share:.1f} %", ha="center", va="center", color=colour, fontsize=8)
     plot.set_xticks(range(len(counts)), final.classes, rotation=45, ha="right")
@@ -451,7 +453,7 @@ def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
         plot.set_axis_off()
         if place < len(mistakes):
             mistake = mistakes[place]
-            plot.imshow(mistake.image, cmap="gray_r", vmin=0, vmax=255)
+            plot.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
             said = f"{mistake.predicted} ({100 * mistake.probability:.1f} %)"
             plot.set_title(f"is: {mistake.true}\ntaken for: {said}", fontsize=8)
     return figure

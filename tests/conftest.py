@@ -56,8 +56,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     return configure
 
 
-@pytest.fixture
-def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def make_start_script(folder: Path) -> Callable[..., subprocess.Popen[str]]:
     """Return a function that starts a script's ``main()`` with some constants changed, from another directory."""
 
     def start(script: str, **constants: Any) -> subprocess.Popen[str]:
@@ -66,14 +65,14 @@ def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             "FOLDS": 2,
             "EPOCHS": 2,
             "WANDB_MODE": "disabled",
-            "RUNS_DIR": str(tmp_path / "runs"),
+            "RUNS_DIR": str(folder / "runs"),
         }
         lines = [f"import {script}"]
         lines += [f"{script}.{name} = {value!r}" for name, value in (small | constants).items()]
         lines += [f"{script}.main()"]
         return subprocess.Popen(
             [sys.executable, "-c", "\n".join(lines)],
-            cwd=tmp_path,
+            cwd=folder,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -82,3 +81,9 @@ def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture
+def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """What `make_start_script` returns, for this test's folder."""
+    return make_start_script(tmp_path)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import main_cnn
 import main_tutorial
@@ -24,12 +26,12 @@ GOOD = {
     "EPOCHS": [1, 10**6],
     "BATCH_SIZE": [2, 10**9],
     "LEARNING_RATE": [1e-9, 5.0, 1],
-    "LR_SCHEDULE": ["constant"],
+    "LR_SCHEDULE": ["constant", "cosine", "one_cycle"],
     "RNG_SEED": [0, 2**32 - 1],
     "DEVICE": ["cpu", "auto"],
-    "PRECISION": ["auto", "float32"],
+    "PRECISION": ["auto", "float32", "bfloat16"],
     "WORKERS": ["auto", 1, 64],
-    "RESUME": [False],
+    "RESUME": [True, False],
     "WANDB_MODE": ["auto", "online", "offline", "disabled"],
     "WANDB_PROJECT_NAME": ["cnn fun", "x" * 128],
     "WANDB_API_KEY_PATH": ["key.txt", Path("key.txt")],
@@ -47,7 +49,7 @@ BAD = {
     "DEVICE": ["gpu", "CPU", "cuda:", "cuda:x", "cuda:99", "cpu ", "cpu\n", 0, None],
     "PRECISION": ["float16", "double", 32, None],
     "WORKERS": [0, -1, True, 1.0, "2", "all", None],
-    "RESUME": [0, "False", None],
+    "RESUME": [0, 1, "False", None],
     "WANDB_MODE": ["on", "dryrun", True, None],
     "WANDB_PROJECT_NAME": ["", "x" * 129, *(f"a{character}b" for character in "/\\#?%:"), 1, None],
     "WANDB_API_KEY_PATH": ["", "a\0b", 1, None],
@@ -81,6 +83,36 @@ def test_a_bad_value_is_refused_by_the_constants_name_alone(name: str, value: An
         TrainingConfig.from_constants(vars(main_cnn) | {name: value})
     named = [other for other in ORDER if f"{other} must be" in str(error.value)]
     assert named == [name]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {name: st.sampled_from([(v, True) for v in GOOD[name]] + [(v, False) for v in BAD[name]]) for name in ORDER}
+    )
+)
+def test_any_combination_is_accepted_or_refused_by_exactly_the_bad_constants(
+    constants: dict[str, tuple[Any, bool]],
+) -> None:
+    bad = [name for name, (_, good) in constants.items() if not good]
+    try:
+        TrainingConfig.from_constants({name: value for name, (value, _) in constants.items()})
+    except ValueError as error:
+        assert [name for name in ORDER if f"{name} must be" in str(error)] == bad
+    else:
+        assert not bad
+
+
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.lists(st.integers()))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(ORDER), JUNK)
+def test_any_value_at_all_is_accepted_or_refused_by_the_constants_name(name: str, value: Any) -> None:
+    try:
+        TrainingConfig.from_constants(vars(main_cnn) | {name: value})
+    except ValueError as error:
+        assert [other for other in ORDER if f"{other} must be" in str(error)] == [name]
 
 
 def test_the_bad_values_alone_are_named() -> None:

@@ -25,7 +25,7 @@ import main_cnn
 import main_tutorial
 from data_utils import DatasetError, load_dataset
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from report_utils import ExperimentResult, format_seconds
+from report_utils import FIGURES, ExperimentResult, format_seconds
 from train_utils import Fit, TrainingConfig, run_epoch, test_loop, train_loop
 
 Configure = Callable[..., ModuleType]
@@ -109,7 +109,8 @@ def test_the_report_has_three_figures_for_every_class(cnn_result: ExperimentResu
 
 
 def test_the_run_directory_keeps_no_checkpoint(cnn_result: ExperimentResult) -> None:
-    assert sorted(path.name for path in cnn_result.run_dir.iterdir()) == ["config.json", "model.pt", "results.json"]
+    names = sorted(path.name for path in cnn_result.run_dir.iterdir())
+    assert names == sorted(["config.json", "model.pt", "report.md", "results.json", *FIGURES])
 
 
 def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: ExperimentResult) -> None:
@@ -184,7 +185,8 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_its_name(start_script:
     process = start_script("main_tutorial", LEARNING_RATE=1e30)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
-    assert re.search(r"diverged in epoch \d", errors) and "LEARNING_RATE" in errors
+    for fit in ("fold-1", "fold-2", "final"):
+        assert re.search(rf"{fit} diverged in epoch \d", errors) and "LEARNING_RATE" in errors
     assert "Traceback" not in errors
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import threading
+import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,11 +14,15 @@ class WandbServer:
     """Takes what W&B clients send and keeps it for tests to read; ``with WandbServer(key) as server: …``.
 
     ``runs`` maps run id → {"name", "project", "group", "job_type", "config", "history", "summary", "files"}. A line of
-    history that is sent to an offset replaces what was there, as on the real server.
+    history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what was said
+    of each artifact. Set ``status`` to an HTTP status to have it fail, ``hanging`` to have it never answer, and call
+    ``stop()`` to have it gone.
     """
 
     def __init__(self, key: str, status: int = 200) -> None:
         self.key, self.status = key, status
+        self.hanging = False
+        self.artifacts: list[dict[str, Any]] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.queries: list[str] = []
         server = self
@@ -48,6 +53,11 @@ class WandbServer:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take no more connections; those that are open fail too."""
+        self.status, self.hanging = 503, False
         self._http.shutdown()
         self._http.server_close()
 
@@ -57,6 +67,8 @@ class WandbServer:
 
     def _post(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        while self.hanging:
+            time.sleep(0.1)
         user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
         if self.status != 200:
             return _answer(request, self.status, {"error": "broken"})
@@ -99,7 +111,8 @@ class WandbServer:
             bucket = {"id": run_id, "name": run_id, "displayName": run["name"], "project": project}
             return {
                 "upsertBucket": {
-                    "bucket": bucket | {"historyLineCount": 0, "config": "{}", "sweepName": None},
+                    "bucket": bucket
+                    | {"historyLineCount": len(self.run(run_id)["history"]), "config": "{}", "sweepName": None},
                     "inserted": True,
                 }
             }
@@ -130,9 +143,14 @@ class WandbServer:
             ]
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
         if "createArtifact(" in query:
+            self.artifacts.append(variables.get("input") or variables)
             sequence = {"id": "s", "latestArtifact": None}
             artifact = {"id": "a", "digest": "d", "state": "PENDING", "aliases": [], "artifactSequence": sequence}
             return {"createArtifact": {"artifact": artifact}}
+        if "RunResumeStatus" in query:
+            return {
+                "model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "tester"}} | self._bucket(variables)
+            }
         entity = {"id": "e", "name": "tester", "isTeam": False}
         viewer = {"id": "v", "entity": "tester", "username": "tester", "flags": "{}", "teams": {"edges": []}}
         return {
@@ -140,6 +158,29 @@ class WandbServer:
             "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None},
             "model": None,
             "project": None,
+        }
+
+    def _bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        if run is None:
+            return {"bucket": None}
+        config = {key: {"value": value} for key, value in run["config"].items()}
+        return {
+            "bucket": {
+                "id": variables["name"],
+                "name": variables["name"],
+                "displayName": run["name"],
+                "summaryMetrics": json.dumps(run["summary"]),
+                "logLineCount": 0,
+                "historyLineCount": len(run["history"]),
+                "eventsLineCount": 0,
+                "historyTail": json.dumps([json.dumps(row) for row in run["history"][-1:]]),
+                "eventsTail": "[]",
+                "config": json.dumps(config),
+                "tags": [],
+                "notes": None,
+                "wandbConfig": json.dumps({"t": 1}),
+            }
         }
 
 
