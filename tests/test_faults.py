@@ -179,6 +179,7 @@ def test_kill_9_at_12_random_moments_changes_nothing(
         assert not list(path.parent.glob(".*.unfinished"))
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unharmed(
     start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -204,6 +205,7 @@ def test_a_killed_worker_costs_only_its_epoch(start_script: Start, tmp_path: Pat
     assert computed(run_dir) == undisturbed
 
 
+@pytest.mark.slow
 def test_workers_that_keep_being_killed_end_the_run_with_one_line(start_script: Start, tmp_path: Path) -> None:
     process = start_script("main_tutorial", **SETTINGS | {"EPOCHS": 1000})
     wait_for(lambda: checkpoints(tmp_path), process)
@@ -287,6 +289,7 @@ def test_a_finished_run_is_never_touched(configure: Configure) -> None:
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.run_dir.iterdir()}
 
 
+@pytest.mark.slow
 def test_two_runs_started_at_once_do_not_share_a_directory(
     unfinished: Path, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

@@ -1,10 +1,14 @@
 """Weights & Biases, with real clients: what arrives at a server equals what the run returned; keys stay secret."""
 
+import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +20,7 @@ from wandb.errors import AuthenticationError
 from wandb_server import WandbServer
 
 import main_tutorial
-from report_utils import ExperimentResult
+from report_utils import FIGURES, ExperimentResult
 from wandb_utils import choose_mode, find_api_key
 
 KEY = "5ecre7" * 6 + "0123"
@@ -39,20 +43,39 @@ def assert_arrived(server: WandbServer, result: ExperimentResult) -> None:
         assert run["group"] == result.run_dir.name
         assert run["job_type"] == ("final" if fit.name == "final" else "fold")
         history = [{name: value for name, value in row.items() if not name.startswith("_")} for row in run["history"]]
-        history[-1] = {name: value for name, value in history[-1].items() if name in fit.history[-1]}
+        history[-1] = {name: value for name, value in history[-1].items() if name in result.folds[0].history[-1]}
         assert history == fit.history
-        assert [row["_step"] for row in run["history"]] == [1, 2]
+        assert [row["_step"] for row in run["history"]] == [row["epoch"] for row in fit.history]
         for row_name in [*map(str, range(10)), "macro avg", "weighted avg"]:
             for figure in ("precision", "recall", "f1-score"):
                 assert run["summary"][f"{row_name}/{figure}"] == fit.report[row_name][figure]
         assert (run["summary"]["loss"], run["summary"]["accuracy"]) == (fit.loss, fit.accuracy)
-        tables = sorted(path.rsplit("/", 1)[1].partition("_2_")[0] for path in run["files"] if "media/table" in path)
-        assert tables == ["confusion_matrix", "per_class"]
-        assert run["config"]["epochs"] == 2 and "linear_relu_stack" in run["config"]["model"]
+        tables = sorted(
+            re.split(r"_\d+_", path.rsplit("/", 1)[1])[0] for path in run["files"] if path.startswith("media/table")
+        )
+        assert tables == ["confusion_matrix", *(["mistakes"] if fit.name == "final" else []), "per_class"]
+        assert run["config"]["epochs"] == result.config["epochs"] and "linear_relu_stack" in run["config"]["model"]
         assert run["exit_code"] == 0
     final = next(run for run in server.runs.values() if run["name"] == "final")
     for name, value in result.cross_validation.items():
         assert final["summary"][f"cross_validation/{name}"] == value
+    for name in FIGURES:
+        (sent,) = [path for path in final["files"] if re.match(rf"media/images/figures/{Path(name).stem}_\d+_", path)]
+        assert final["files"][sent] == (result.run_dir / name).read_bytes()
+    pictures = [path for path in final["files"] if re.match(r"media/images/[^/]*\.png", path)]
+    assert len(pictures) == len(result.mistakes) > 0
+    (model,) = [artifact for artifact in server.artifacts if artifact["artifactTypeName"] == "model"]
+    assert json.loads(model["metadata"])["test/accuracy"] == result.final.accuracy
+    assert (result.run_dir / "model.pt").read_bytes() in server.artifact_files
+
+
+def sync(printed: str) -> None:
+    """Run the ``wandb sync`` command that a run printed."""
+    command = re.search(r"^  (\S*wandb sync .*)$", printed, re.MULTILINE)
+    assert command is not None
+    _, *arguments = shlex.split(command[1])
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    subprocess.run([wandb, *arguments], env=os.environ | {"WANDB_API_KEY": KEY}, check=True, timeout=60)
 
 
 def files_with_key(folder: Path) -> list[Path]:
@@ -65,11 +88,8 @@ def test_without_a_key_the_printed_command_uploads_everything(
     result = configure(main_tutorial, WANDB_MODE="auto", WANDB_API_KEY_PATH=tmp_path / "none").main()
     output = capfd.readouterr().out
     assert len(re.findall(r"^W&B: offline", output, re.MULTILINE)) == 1
-    command = re.search(r"^  (\S*wandb sync .*)$", output, re.MULTILINE)
-    assert command is not None and not server.runs
-    program, *arguments = shlex.split(command[1])
-    wandb = str(Path(sys.executable).with_name("wandb"))
-    subprocess.run([wandb, *arguments], env=os.environ | {"WANDB_API_KEY": KEY}, check=True, timeout=60)
+    assert not server.runs
+    sync(output)
     assert_arrived(server, result)
 
 
@@ -108,6 +128,138 @@ def test_a_server_that_answers_500_is_replaced_by_offline(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode("auto", tmp_path / "none")[0] == "offline"
     assert "HTTP status 500" in capfd.readouterr().err
+
+
+def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.hanging = True
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    started = time.monotonic()
+    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+    assert time.monotonic() - started < 30
+
+
+def test_a_server_that_fails_when_the_runs_are_opened_is_replaced_by_offline(
+    configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    server.breaks_after = 1
+    started = time.monotonic()
+    result = configure(main_tutorial, WANDB_MODE="online").main()
+    assert time.monotonic() - started < 60
+    output, errors = capfd.readouterr()
+    assert "so this run is logged offline" in errors
+    server.breaks_after, server.status = float("inf"), 200
+    sync(output)
+    assert_arrived(server, result)
+
+
+def hang(server: WandbServer) -> None:
+    server.hanging = True
+
+
+def fail(server: WandbServer) -> None:
+    server.status = 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disappear", [WandbServer.stop, hang, fail])
+def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
+    disappear: Callable[[WandbServer], None],
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with WandbServer(KEY) as first:
+        monkeypatch.setenv("WANDB_BASE_URL", first.url)
+
+        def go_away() -> None:
+            while not list((tmp_path / "runs").glob("*/*.pt")):
+                time.sleep(0.01)
+            disappear(first)
+
+        threading.Thread(target=go_away).start()
+        started = time.monotonic()
+        result = configure(main_tutorial, EPOCHS=4, WANDB_MODE="online").main()
+        assert time.monotonic() - started < 60
+        first.hanging = False
+    output, errors = capfd.readouterr()
+    assert len([line for line in errors.splitlines() if "so this run is logged offline" in line]) == 1
+    with WandbServer(KEY) as second:
+        monkeypatch.setenv("WANDB_BASE_URL", second.url)
+        sync(output)
+        assert_arrived(second, result)
+    assert not files_with_key(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_after_a_resume_every_run_has_one_whole_history(
+    mode: str,
+    number: int,
+    configure: Configure,
+    start_script: Callable[..., subprocess.Popen[str]],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    settings = {"WANDB_MODE": mode, "EPOCHS": 40}
+    process = start_script("main_tutorial", **settings)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("    10 "):
+        assert process.poll() is None
+    os.killpg(process.pid, number)
+    process.communicate(timeout=30)
+    sent = [len(run["history"]) for run in server.runs.values()]
+    assert (mode == "online" and number == signal.SIGINT) == (sum(sent) >= 30), sent
+    result = configure(main_tutorial, **settings).main()
+    assert result.environment["resumed"] is True
+    if mode == "offline":
+        sync(capfd.readouterr().out)
+    assert_arrived(server, result)
+    assert not files_with_key(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "environment", "netrc"])
+@pytest.mark.parametrize("ending", ["well", "refused", "diverged"])
+def test_the_key_is_nowhere_that_it_was_not_before(
+    place: str,
+    ending: str,
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    netrc, key_file = tmp_path / "home" / ".netrc", tmp_path / "key.txt"
+    if place == "file":
+        key_file.write_text(KEY)
+    elif place == "netrc":
+        netrc.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+        netrc.chmod(0o600)
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    before = files_with_key(tmp_path)
+    server.key = "another" if ending == "refused" else KEY
+    constants = {"LEARNING_RATE": 1e30} if ending == "diverged" else {}
+    script = configure(main_tutorial, WANDB_MODE="online", WANDB_API_KEY_PATH=key_file, **constants)
+    if ending == "well":
+        script.main()
+    else:
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        assert stop.value.code == {"refused": 2, "diverged": 1}[ending]
+    assert files_with_key(tmp_path) == before
+    assert KEY not in "".join(capfd.readouterr())
+    assert [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()] == [
+        path.name for path in before if path == netrc
+    ]
 
 
 def test_a_server_that_is_not_there_is_replaced_by_offline(

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import threading
 import time
@@ -15,14 +16,16 @@ class WandbServer:
 
     ``runs`` maps run id → {"name", "project", "group", "job_type", "config", "history", "summary", "files"}. A line of
     history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what was said
-    of each artifact. Set ``status`` to an HTTP status to have it fail, ``hanging`` to have it never answer, and call
-    ``stop()`` to have it gone.
+    of each artifact. Set ``status`` to an HTTP status to have it fail, ``hanging`` to have it never answer,
+    ``breaks_after`` to have it fail after so many requests, and call ``stop()`` to have it gone.
     """
 
     def __init__(self, key: str, status: int = 200) -> None:
         self.key, self.status = key, status
         self.hanging = False
+        self.posts, self.breaks_after = 0, math.inf
         self.artifacts: list[dict[str, Any]] = []
+        self.artifact_files: list[bytes] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.queries: list[str] = []
         server = self
@@ -67,6 +70,9 @@ class WandbServer:
 
     def _post(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.posts += 1
+        if self.posts > self.breaks_after:
+            self.status = 500
         while self.hanging:
             time.sleep(0.1)
         user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
@@ -84,7 +90,9 @@ class WandbServer:
     def _put(self, request: BaseHTTPRequestHandler) -> None:
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         _, _, run_id, path = request.path.split("/", 3)
-        if run_id != "artifacts":
+        if run_id == "artifacts":
+            self.artifact_files.append(content)
+        else:
             self.run(run_id)["files"][path] = content
         _answer(request, 200, {})
 

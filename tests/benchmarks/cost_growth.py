@@ -1,0 +1,76 @@
+"""How the time of a run grows: ``python tests/benchmarks/cost_growth.py`` (seven minutes on two cores).
+
+Runs main_cnn.py's experiment on 10,000 images, 5 folds, 2 epochs and all cores, and varies workers, folds, epochs and
+training images one at a time. Prints the wall time of each, start-up included, and the most memory a worker took.
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import joblib
+import psutil
+from joblib.externals.loky import get_reusable_executor
+
+import main_cnn
+from models import ConvolutionalNeuralNetwork
+from tests.benchmarks.training_speed import write_fewer
+from train_utils import TrainingConfig, run_experiment
+
+IMAGES = 10_000
+
+
+class WorkerMemory(threading.Thread):
+    """Watches the resident memory of this process's workers; `most` is the most that one of them took, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+        self.start()
+
+    def run(self) -> None:
+        """Look twice a second."""
+        while True:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "loky" in " ".join(child.cmdline()):
+                        self.most = max(self.most, child.memory_info().rss)
+            time.sleep(0.5)
+
+
+def seconds(images: int, **constants: object) -> float:
+    """Return the wall time of one run."""
+    get_reusable_executor().shutdown(wait=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        write_fewer(images, Path(folder) / "data")
+        changes = {"DATA_DIR": f"{folder}/data", "RUNS_DIR": folder, "WANDB_MODE": "disabled", "EPOCHS": 2} | constants
+        config = TrainingConfig.from_constants(vars(main_cnn) | changes)
+        start = time.perf_counter()
+        run_experiment(ConvolutionalNeuralNetwork, config)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    memory, cores = WorkerMemory(), joblib.cpu_count()
+    print(f"{cores} cores; unless varied: {IMAGES} training images, 5 folds, 2 epochs, {cores} workers")
+    for name, values in {
+        "WORKERS": sorted({1, max(1, cores // 2), cores}),
+        "FOLDS": [2, 5, 8],
+        "EPOCHS": [1, 2, 3, 4],
+        "training images": [5_000, 10_000, 15_000, 20_000],
+    }.items():
+        for value in values:
+            run = seconds(value) if name == "training images" else seconds(IMAGES, **{name: value})
+            print(f"{name:<16}{value:>7}{run:>9.1f} s", flush=True)
+    print(f"a worker takes up to {memory.most / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

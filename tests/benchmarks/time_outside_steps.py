@@ -1,0 +1,70 @@
+"""What a full run spends on anything but training steps: ``python tests/benchmarks/time_outside_steps.py``.
+
+Runs main_cnn.py as it is (about 15 minutes on two cores), with a network that takes the time from the start of each
+forward pass in training to the end of the optimizer's step. What is left of workers × wall time is start-up, reading,
+batches, the folds' validation, the test, checkpoints, logging, figures, and workers waiting for each other. The results
+of the run are as ever and stay in RUNS_DIR.
+"""
+
+import os
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+import main_cnn
+from models import ConvolutionalNeuralNetwork
+from train_utils import TrainingConfig, run_experiment
+
+LOG = "TIME_OUTSIDE_STEPS_LOG"  # names the file that worker processes append the seconds of each step to
+
+
+class TimedNetwork(ConvolutionalNeuralNetwork):
+    """The network of main_cnn.py, with a clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = 0.0
+        if LOG in os.environ:
+            file = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+            def after_step(*_arguments: Any) -> None:
+                os.write(file, struct.pack("d", time.perf_counter() - self.start))
+
+            handle = torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+            for earlier in _hooks:
+                earlier.remove()
+            _hooks[:] = [handle]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        if self.training:
+            self.start = time.perf_counter()
+        return super().forward(images)
+
+
+_hooks: list[Any] = []  # only the newest network's is in force
+
+
+def main() -> None:
+    """Run, measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[LOG] = f"{folder}/steps"
+        start = time.perf_counter()
+        result = run_experiment(TimedNetwork, TrainingConfig.from_constants(vars(main_cnn)))
+        wall = (time.perf_counter() - start) * result.environment["workers"]
+        content = Path(os.environ[LOG]).read_bytes()
+    in_steps = sum(value for (value,) in struct.iter_unpack("d", content))
+    print(f"{len(content) // 8} steps took {in_steps:.0f} s of {wall:.0f} s (workers × wall time)")
+    print(f"outside forward, backward and optimizer step: {1 - in_steps / wall:.1%}")
+
+
+if __name__ == "__main__":
+    main()
