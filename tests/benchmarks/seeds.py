@@ -1,7 +1,7 @@
 """How much the seed alone moves the test accuracy: ``python tests/benchmarks/seeds.py`` (12 minutes on two cores).
 
-Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is chosen
-by what comes out: all settings are those of main_cnn.py.
+Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is
+chosen by what comes out: all settings are those of main_cnn.py.
 """
 
 import statistics

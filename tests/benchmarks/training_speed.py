@@ -1,4 +1,4 @@
-"""How fast the network of main_cnn.py trains: ``python tests/benchmarks/training_speed.py`` (half an hour on two cores).
+"""How fast the network of main_cnn.py trains: ``python tests/benchmarks/training_speed.py`` (40 minutes on two cores).
 
 In one call, paired and repeated, images trained on per second of (a) the loop of PyTorch's tutorials over a DataLoader
 with ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` on tensors in memory, (c) this project's
