@@ -62,9 +62,9 @@ def process(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         started.wait()
 
 
-def wait_for_file(path: Path, running: subprocess.Popen[str], log: Path) -> None:
+def wait_for_file(folder: Path, pattern: str, running: subprocess.Popen[str], log: Path) -> None:
     deadline = time.monotonic() + 120
-    while not list(path.parent.glob(path.name)):
+    while not list(folder.glob(pattern)):
         assert running.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
@@ -85,7 +85,7 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
         scheduler = stack.enter_context(
             process(*dask, "--scheduler-file", str(address_file), folder=folders["scheduler"])
         )
-        wait_for_file(address_file, scheduler, folders["scheduler"] / "log")
+        wait_for_file(tmp_path, address_file.name, scheduler, folders["scheduler"] / "log")
         time.sleep(0.5)
         address = json.loads(address_file.read_text())["address"]
         dask = ("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
@@ -93,7 +93,7 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
         settings = SETTINGS | {"WANDB_MODE": "disabled"}
         code = RUN.format(settings=settings, address=address)
         run = stack.enter_context(process("-c", code, folder=folders["run"]))
-        wait_for_file(folders["run"] / "runs/*/*.pt", run, folders["run"] / "log")
+        wait_for_file(folders["run"], "runs/*/*.pt", run, folders["run"] / "log")
         if kill_a_worker:
             workers[0].kill()
         assert run.wait(timeout=180) == 0, (folders["run"] / "log").read_text()
