@@ -1,10 +1,65 @@
 """The repository itself: what its configuration files promise."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
 import yaml
 from conftest import REPOSITORY
+from PIL import Image
+from torchvision import datasets
+
+from data_utils import Batches, DatasetError, load_dataset, pixel_statistics
+from models import ConvolutionalNeuralNetwork
 
 
 def test_conda_installs_the_requirements_file() -> None:
     environment = yaml.safe_load((REPOSITORY / "cnn_environment.yml").read_text())
     assert environment["name"] == "cnn"
     assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+
+
+def test_the_readmes_snippet_classifies_a_picture(tmp_path: Path) -> None:
+    snippet = re.search(r"```python\n(import torch\n.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None and len([line for line in snippet[1].splitlines() if line]) < 12
+    torch.manual_seed(0)
+    network = ConvolutionalNeuralNetwork()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    pixels = torch.randint(256, (28, 28), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
+    (batch,) = Batches(pixels[None], torch.zeros(1).long(), 1, 0.2860, 0.3530, torch.device("cpu"))
+    with torch.no_grad():
+        probabilities = network.eval()(batch[0]).softmax(1)
+    run = subprocess.run(
+        [sys.executable, "-c", snippet[1]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    name, _, probability = run.stdout.strip().rpartition(" ")
+    assert name == datasets.FashionMNIST.classes[probabilities.argmax()]
+    assert float(probability) == pytest.approx(probabilities.max().item(), rel=1e-4)
+
+
+def test_the_snippets_statistics_are_those_of_the_training_images() -> None:
+    try:
+        dataset = load_dataset("FashionMNIST", REPOSITORY / "data")
+    except DatasetError as error:
+        pytest.skip(f"no Fashion-MNIST, so nothing was tested on it: {error}")
+    assert pixel_statistics(dataset.train_images) == pytest.approx((0.2860, 0.3530), abs=5e-5)
+
+
+def test_the_scripts_import_nothing_of_dask() -> None:
+    code = "import sys, main_cnn, main_tutorial; sys.exit(bool({'dask', 'distributed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_figures_need_no_display_and_no_pyplot() -> None:
+    code = "import sys, main_cnn; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

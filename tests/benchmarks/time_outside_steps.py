@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main_cnn
 from models import ConvolutionalNeuralNetwork
@@ -38,7 +38,7 @@ class TimedNetwork(ConvolutionalNeuralNetwork):
             def after_step(*_arguments: Any) -> None:
                 os.write(file, struct.pack("d", time.perf_counter() - self.start))
 
-            handle = torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
+            handle = register_optimizer_step_post_hook(after_step)
             for earlier in _hooks:
                 earlier.remove()
             _hooks[:] = [handle]
@@ -55,6 +55,8 @@ _hooks: list[Any] = []  # only the newest network's is in force
 
 def main() -> None:
     """Run, measure and print."""
+    from tests.benchmarks.time_outside_steps import TimedNetwork  # workers cannot import it from __main__
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ[LOG] = f"{folder}/steps"
         start = time.perf_counter()
