@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main_cnn
-from models import ConvolutionalNeuralNetwork
+import models
 from train_utils import TrainingConfig, run_experiment
 
 LOG = "TIME_OUTSIDE_STEPS_LOG"  # names the file that worker processes append the seconds of each step to
 
 
-class TimedNetwork(ConvolutionalNeuralNetwork):
+class ConvolutionalNeuralNetwork(models.ConvolutionalNeuralNetwork):
     """The network of main_cnn.py, with a clock."""
 
     def __init__(self) -> None:
@@ -55,12 +55,12 @@ _hooks: list[Any] = []  # only the newest network's is in force
 
 def main() -> None:
     """Run, measure and print."""
-    from tests.benchmarks.time_outside_steps import TimedNetwork  # workers cannot import it from __main__
+    from tests.benchmarks.time_outside_steps import ConvolutionalNeuralNetwork  # workers cannot import from __main__
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ[LOG] = f"{folder}/steps"
         start = time.perf_counter()
-        result = run_experiment(TimedNetwork, TrainingConfig.from_constants(vars(main_cnn)))
+        result = run_experiment(ConvolutionalNeuralNetwork, TrainingConfig.from_constants(vars(main_cnn)))
         wall = (time.perf_counter() - start) * result.environment["workers"]
         content = Path(os.environ[LOG]).read_bytes()
     in_steps = sum(value for (value,) in struct.iter_unpack("d", content))
