@@ -170,15 +170,16 @@ def test_the_tutorial_reaches_93_percent_on_5000_real_mnist_images(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_one_epoch_on_all_of_fashion_mnist_reaches_85_percent(configure: Configure) -> None:
+def test_one_epoch_on_all_of_fashion_mnist_is_as_accurate_as_it_should_be(configure: Configure) -> None:
     try:
         load_dataset("FashionMNIST", REPOSITORY / main_cnn.DATA_DIR)
     except DatasetError as error:
         pytest.skip(f"no Fashion-MNIST, so nothing was tested on it: {error}")
     result = configure(main_cnn, DATASET="FashionMNIST", EPOCHS=1).main()
     assert result.final.report["macro avg"]["support"] == 10_000
-    assert result.final.accuracy >= 0.85
-    assert result.cross_validation["accuracy_mean"] >= 0.85
+    # tests/benchmarks/seeds.py --epochs 1: 0.9036 ± 0.0024 over five seeds; four standard deviations below is damage
+    assert result.final.accuracy >= 0.9036 - 4 * 0.0024
+    assert result.cross_validation["accuracy_mean"] >= 0.88
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_its_name(start_script: Start) -> None:
