@@ -202,7 +202,9 @@ def test_missing_data_without_a_network_ends_with_status_1_within_30_seconds(
     assert 'DATASET = "Digits"' in errors and "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_within_5_seconds_without_a_traceback(
     start_script: Start, number: signal.Signals, status: int
 ) -> None:
@@ -225,6 +227,7 @@ def test_without_a_terminal_there_are_rows_and_no_bar(start_script: Start) -> No
     assert "it/s" not in errors and "\r" not in errors
 
 
+@pytest.mark.slow
 def test_output_that_cannot_show_every_character_does_not_end_the_run(
     start_script: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_results(
     assert computed(unfinished) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_signal_says_how_to_go_on_and_the_run_does(
     start_script: Start, tmp_path: Path, configure: Configure, undisturbed: dict[str, Any]
 ) -> None:
@@ -195,6 +196,7 @@ def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unhar
     assert computed(run_dir) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_its_epoch(start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     process = start_script("main_tutorial", **SETTINGS)
     wait_for(lambda: checkpoints(tmp_path), process)

@@ -140,6 +140,7 @@ def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_when_the_runs_are_opened_is_replaced_by_offline(
     configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
