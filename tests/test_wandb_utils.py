@@ -189,6 +189,7 @@ def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
         first.hanging = False
     output, errors = capfd.readouterr()
     assert len([line for line in errors.splitlines() if "so this run is logged offline" in line]) == 1
+    assert KEY not in output + errors
     with WandbServer(KEY) as second:
         monkeypatch.setenv("WANDB_BASE_URL", second.url)
         sync(output)
@@ -216,7 +217,7 @@ def test_after_a_resume_every_run_has_one_whole_history(
     while not process.stdout.readline().startswith("    10 "):
         assert process.poll() is None
     os.killpg(process.pid, number)
-    process.communicate(timeout=30)
+    assert KEY not in "".join(process.communicate(timeout=30))
     sent = [len(run["history"]) for run in server.runs.values()]
     assert (mode == "online" and number == signal.SIGINT) == (sum(sent) >= 30), sent
     result = configure(main_tutorial, **settings).main()
