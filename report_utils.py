@@ -35,7 +35,7 @@ from tqdm import tqdm
 from wandb.errors import AuthenticationError
 
 PER_CLASS = "{:<{width}}{:>11}{:>9}{:>9}"
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart with any colour vision (Okabe and Ito, 2008)
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
 FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
 
 
