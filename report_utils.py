@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +127,17 @@ class ExperimentResult:
 
 
 @contextmanager
-def ctrl_c_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C meanwhile: processes started here inherit that, so that only the parent answers to it."""
-    if threading.current_thread() is not threading.main_thread():
+def ctrl_c_held_back() -> Iterator[None]:
+    """Answer to Ctrl-C only after this; processes started here never do, so that only the parent answers to it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # on its first start, which comes with the workers', it lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # if it were ignored, it would be lost
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from report_utils import (
     Progress,
     RunDirectory,
     RunError,
-    ctrl_c_ignored,
+    ctrl_c_held_back,
     describe_environment,
     evaluate,
     find_mistakes,
@@ -443,7 +443,7 @@ def _run_round(
     parallel = joblib.Parallel(
         n_jobs=workers, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered", max_nbytes=None
     )
-    with ctrl_c_ignored():  # workers start here and inherit it: the parent alone answers to Ctrl-C
+    with ctrl_c_held_back():  # workers start here
         outcomes = parallel(
             joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"], os.getpid())
             for fit in fits
