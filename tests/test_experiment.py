@@ -25,7 +25,7 @@ import main_cnn
 import main_tutorial
 from data_utils import DatasetError, load_dataset
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from report_utils import FIGURES, ExperimentResult, format_seconds
+from report_utils import FIGURES, ExperimentResult, ctrl_c_held_back, format_seconds
 from train_utils import Fit, TrainingConfig, run_epoch, test_loop, train_loop
 
 Configure = Callable[..., ModuleType]
@@ -218,6 +218,21 @@ def test_a_signal_ends_the_run_within_5_seconds_without_a_traceback(
     assert time.monotonic() - started < 5
     assert process.returncode == status
     assert "Traceback" not in errors and number.name in errors
+
+
+def test_ctrl_c_while_workers_start_is_answered_afterwards() -> None:
+    reached_the_end = False
+    with pytest.raises(KeyboardInterrupt), ctrl_c_held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached_the_end = True
+    assert reached_the_end
+
+
+def test_ctrl_c_never_reaches_a_process_started_as_workers_are() -> None:
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with ctrl_c_held_back():
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "True"
 
 
 def test_without_a_terminal_there_are_rows_and_no_bar(start_script: Start) -> None:
