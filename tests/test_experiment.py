@@ -182,6 +182,7 @@ def test_one_epoch_on_all_of_fashion_mnist_is_as_accurate_as_it_should_be(config
     assert result.cross_validation["accuracy_mean"] >= 0.88
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_its_name(start_script: Start) -> None:
     process = start_script("main_tutorial", LEARNING_RATE=1e30)
     output, errors = process.communicate(timeout=60)
@@ -235,6 +236,7 @@ def test_ctrl_c_never_reaches_a_process_started_as_workers_are() -> None:
     assert process.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 def test_without_a_terminal_there_are_rows_and_no_bar(start_script: Start) -> None:
     process = start_script("main_tutorial")
     output, errors = process.communicate(timeout=60)
