@@ -71,7 +71,8 @@ def test_pooling_before_relu_gives_the_bits_of_the_listed_order(precision: torch
     outcomes = []
     for listed_order in (False, True):
         torch.manual_seed(0)
-        model, images = ConvolutionalNeuralNetwork(), torch.randn(16, 1, 28, 28)
+        model = ConvolutionalNeuralNetwork().to(memory_format=torch.channels_last)  # as it is trained
+        images = torch.randn(64, 1, 28, 28)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             logits = model.fc_stack(model.conv_stack(images)) if listed_order else model(images)
         logits.float().square().sum().backward()
