@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -441,25 +440,27 @@ def _run_round(
 ) -> Iterator[tuple[str, State, dict[str, Any]]]:
     """Yield (name, state, metrics) of one epoch of every fit, as they come."""
     parallel = joblib.Parallel(
-        n_jobs=workers, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered", max_nbytes=None
+        n_jobs=workers,
+        batch_size=1,
+        pre_dispatch="n_jobs",
+        return_as="generator_unordered",
+        max_nbytes=None,
+        initializer=_end_with_parent,  # for worker processes of this machine; a Dask cluster ignores it
+        initargs=(os.getpid(),),
     )
     with ctrl_c_held_back():  # workers start here
         outcomes = parallel(
-            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"], os.getpid())
-            for fit in fits
+            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"]) for fit in fits
         )
     yield from outcomes
 
 
 def _run_named_epoch(
-    config: TrainingConfig, fit: Fit, epoch: int, state: State | None, parent: int
+    config: TrainingConfig, fit: Fit, epoch: int, state: State | None
 ) -> tuple[str, State, dict[str, Any]]:
-    if os.getppid() == parent:
-        _end_with_parent(parent)
     return fit.name, *run_epoch(config, fit, epoch, state)
 
 
-@lru_cache(maxsize=1)
 def _end_with_parent(parent: int) -> None:
     """Let this worker process end when its parent does, however that ended; else it would wait for work for minutes."""
 

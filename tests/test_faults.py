@@ -181,13 +181,15 @@ def test_kill_9_at_12_random_moments_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["workers start", "an epoch is done"])
 def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unharmed(
-    start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
+    moment: str, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     process = start_script("main_tutorial", **SETTINGS)
-    wait_for(lambda: checkpoints(tmp_path), process)
+    wait_for(lambda: len(workers_of(process)) == 2, process)
     workers = workers_of(process)
-    assert len(workers) == 2
+    if moment == "an epoch is done":
+        wait_for(lambda: checkpoints(tmp_path), process)
     process.kill()
     finish(start_script("main_tutorial", **SETTINGS))
     assert not psutil.wait_procs(workers, timeout=5)[1]
