@@ -1,5 +1,6 @@
 """The two networks. They know nothing of how they are trained: edit them freely."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -70,4 +71,6 @@ class ConvolutionalNeuralNetwork(nn.Module):
         features = relu(pool(norm1(conv1(images))))
         features = relu(pool(norm2(conv2(features))))
         features = relu(norm3(conv3(features)))
+        if features.requires_grad:  # back from the flattened side it comes in another layout, which slows ReLU's down
+            features.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
         return self.fc_stack(features)
