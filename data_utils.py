@@ -153,8 +153,8 @@ def pixel_statistics(images: Tensor) -> tuple[float, float]:
 
     Sums are of integers, so the result does not depend on their order or on the number of threads.
     """
-    total = sum(chunk.sum(dtype=torch.int64).item() for chunk in images.split(4096))
-    squares = sum(chunk.int().square_().sum(dtype=torch.int64).item() for chunk in images.split(4096))
+    counts, values = torch.bincount(images.flatten(), minlength=256), torch.arange(256)
+    total, squares = ((counts * values**power).sum().item() for power in (1, 2))
     mean = total / images.numel()
     std = max(squares / images.numel() - mean**2, 0.0) ** 0.5
     return mean / 255, (std or 255.0) / 255  # images of one single grey have no spread to divide by
