@@ -255,10 +255,10 @@ def find_mistakes(
 
 
 class Progress:
-    """One bar over all epochs of all fits (only in a terminal) and one table row a finished round of epochs."""
+    """One bar over all epochs of all fits (only in a terminal) and a table row an epoch that all folds have done."""
 
     def __init__(self, epochs: int, done: int) -> None:
-        self.started = time.monotonic()
+        self.started, self._rows = time.monotonic(), 0
         self._bar = tqdm(
             total=epochs,
             initial=done,
@@ -278,10 +278,14 @@ class Progress:
         )
         self._bar.update()
 
-    def row(self, epoch: int, rows: list[dict[str, float]]) -> None:
-        """Print the table's row of an epoch from the folds' metrics."""
-        if not rows:
-            return
+    def rows(self, checkpoints: dict[str, dict[str, Any]]) -> None:
+        """Print a table row for each further epoch that all folds have done, but for those that have diverged."""
+        histories = [one["history"] for name, one in checkpoints.items() if name != "final" and not one["failure"]]
+        while histories and min(map(len, histories)) > self._rows:
+            self._row(self._rows + 1, [history[self._rows] for history in histories])
+            self._rows += 1
+
+    def _row(self, epoch: int, rows: list[dict[str, float]]) -> None:
         loss, train, validation = (
             [row[name] for row in rows] for name in ("train/loss", "train/accuracy", "validation/accuracy")
         )

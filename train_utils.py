@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -377,7 +378,7 @@ def _make_result(
 def _train_all(
     config: TrainingConfig, fits: list[Fit], workers: int, run_dir: RunDirectory, runs: WandbRuns
 ) -> dict[str, Checkpoint]:
-    """Train all fits, side by side, epoch by epoch, from where their checkpoints are to their last epoch."""
+    """Train all fits, side by side, an epoch of one at a time, from their checkpoints to their last epoch."""
     new: Checkpoint = {"state": None, "history": [], "evaluation": None, "failure": None}
     checkpoints = {fit.name: run_dir.load_checkpoint(fit.name) or new for fit in fits}
     for name, checkpoint in checkpoints.items():
@@ -385,27 +386,29 @@ def _train_all(
             runs.log_epoch(name, metrics)
     deaths, done = 0, sum(len(checkpoint["history"]) for checkpoint in checkpoints.values())
     with Progress(len(fits) * config.epochs, done) as progress:
-        for epoch in range(1, config.epochs + 1):
-            while pending := [fit for fit in fits if _is_pending(checkpoints[fit.name], epoch)]:
-                try:
-                    for name, state, metrics in _run_round(config, pending, epoch, checkpoints, workers):
-                        checkpoints[name] = _next_checkpoint(checkpoints[name], name, state, metrics)
-                        run_dir.save_checkpoint(name, checkpoints[name])
-                        runs.log_epoch(name, metrics)
-                        progress.step(name, metrics)
-                except BrokenProcessPool:
-                    deaths += 1
-                    killed = f"A worker process was killed in epoch {epoch}, most likely because memory ran out"
-                    if deaths > MOST_WORKER_DEATHS:
-                        raise RunError(f"{killed}, for the {deaths}th time. Set WORKERS lower.") from None
-                    progress.warn(f"{killed}; what it had not finished is done again.")
-            rows = [checkpoints[fit.name]["history"] for fit in fits if fit.fold is not None]
-            progress.row(epoch, [history[epoch - 1] for history in rows if len(history) >= epoch])
+        progress.rows(checkpoints)
+        while pending := [fit for fit in fits if _is_pending(checkpoints[fit.name], config)]:
+            waiting = deque(sorted(pending, key=lambda fit: len(checkpoints[fit.name]["history"])))
+            try:
+                for fit, state, metrics in _run_epochs(config, waiting, checkpoints, workers):
+                    checkpoints[fit.name] = _next_checkpoint(checkpoints[fit.name], fit.name, state, metrics)
+                    run_dir.save_checkpoint(fit.name, checkpoints[fit.name])
+                    runs.log_epoch(fit.name, metrics)
+                    progress.step(fit.name, metrics)
+                    if _is_pending(checkpoints[fit.name], config):
+                        waiting.append(fit)
+                    progress.rows(checkpoints)
+            except BrokenProcessPool:
+                deaths += 1
+                killed = "A worker process was killed, most likely because memory ran out"
+                if deaths > MOST_WORKER_DEATHS:
+                    raise RunError(f"{killed}, for the {deaths}th time. Set WORKERS lower.") from None
+                progress.warn(f"{killed}; what it had not finished is done again.")
     return checkpoints
 
 
-def _is_pending(checkpoint: Checkpoint, epoch: int) -> bool:
-    return not checkpoint["failure"] and len(checkpoint["history"]) < epoch
+def _is_pending(checkpoint: Checkpoint, config: TrainingConfig) -> bool:
+    return not checkpoint["failure"] and len(checkpoint["history"]) < config.epochs
 
 
 def _next_checkpoint(checkpoint: Checkpoint, name: str, state: State, metrics: dict[str, Any]) -> Checkpoint:
@@ -435,30 +438,39 @@ def plan_workers(config: TrainingConfig, device: str) -> tuple[int, int]:
     return threads, most if config.workers == "auto" else min(config.workers, most)
 
 
-def _run_round(
-    config: TrainingConfig, fits: list[Fit], epoch: int, checkpoints: dict[str, Checkpoint], workers: int
-) -> Iterator[tuple[str, State, dict[str, Any]]]:
-    """Yield (name, state, metrics) of one epoch of every fit, as they come."""
+def _run_epochs(
+    config: TrainingConfig, waiting: deque[Fit], checkpoints: dict[str, Checkpoint], workers: int
+) -> Iterator[tuple[Fit, State, dict[str, Any]]]:
+    """Yield (fit, state, metrics) of the next epoch of the fits in `waiting`, as they come.
+
+    Fits that the caller puts back into `waiting` meanwhile go on without all others having to be done with their epoch.
+    It ends once nothing waits as a worker gets free, so the caller may have to call it again.
+    """
+
+    def next_epochs() -> Iterator[Any]:  # joblib asks for one as a worker gets free
+        while waiting:
+            fit = waiting.popleft()
+            checkpoint = checkpoints[fit.name]
+            yield joblib.delayed(_run_fits_epoch)(config, fit, len(checkpoint["history"]) + 1, checkpoint["state"])
+
     parallel = joblib.Parallel(
         n_jobs=workers,
         batch_size=1,
-        pre_dispatch="n_jobs",
+        pre_dispatch=workers + 1,  # one lies ready, so that no worker waits for its state to be sent
         return_as="generator_unordered",
         max_nbytes=None,
         initializer=_end_with_parent,  # for worker processes of this machine; a Dask cluster ignores it
         initargs=(os.getpid(),),
     )
     with ctrl_c_held_back():  # workers start here
-        outcomes = parallel(
-            joblib.delayed(_run_named_epoch)(config, fit, epoch, checkpoints[fit.name]["state"]) for fit in fits
-        )
+        outcomes = parallel(next_epochs())
     yield from outcomes
 
 
-def _run_named_epoch(
+def _run_fits_epoch(
     config: TrainingConfig, fit: Fit, epoch: int, state: State | None
-) -> tuple[str, State, dict[str, Any]]:
-    return fit.name, *run_epoch(config, fit, epoch, state)
+) -> tuple[Fit, State, dict[str, Any]]:
+    return fit, *run_epoch(config, fit, epoch, state)
 
 
 def _end_with_parent(parent: int) -> None:
