@@ -6,6 +6,7 @@ schedule. Both run in this process, on all cores; reading the data is on the clo
 chosen by the folds alone: ``python tests/benchmarks/recipes.py --epochs 3 --batch-size 128 one_cycle:0.005``.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -68,9 +69,12 @@ def timed(accuracy_of: Callable[[int], float], seed: int) -> tuple[float, float]
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many, at least 2")
+    seeds = SEEDS[: parser.parse_args().seeds]
     print("seed   (a) tutorial's loop     (b) this project       (a) / (b)")
     ratios, accuracies = [], []
-    for seed in SEEDS[:3]:
+    for seed in seeds:
         (slow, usual), (fast, ours) = timed(tutorial_accuracy, seed), timed(project_accuracy, seed)
         ratios.append(slow / fast)
         accuracies.append((usual, ours))
