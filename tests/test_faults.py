@@ -202,7 +202,8 @@ def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unhar
 def test_a_killed_worker_costs_only_its_epoch(start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     process = start_script("main_tutorial", **SETTINGS)
     wait_for(lambda: checkpoints(tmp_path), process)
-    workers_of(process)[0].kill()
+    workers = workers_of(process)
+    wait_for(lambda: [worker for worker in workers if worker.status() == psutil.STATUS_RUNNING], process)[0].kill()
     _, errors = finish(process)
     assert "A worker process was killed" in errors
     (run_dir,) = run_dirs(tmp_path)
