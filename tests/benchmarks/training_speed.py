@@ -5,9 +5,9 @@ with ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` o
 ``run_experiment`` with 3 epochs, start-up, evaluation, checkpoints and logging included, in float32 and in bfloat16.
 Prints medians with the lowest and the highest, their share of the machine's matrix-product rate, and the ratios.
 (b)'s worker processes are started before its clock is, (c)'s are not; so (a) and (b) lose nothing by getting fewer
-images. (a) runs in a fresh process, as a script would, before each of the others, and is averaged, since it is short and
-machines drift. In (a) and (b) the network computes its layers in the order in which they are listed, as it is usually
-written.
+images. (a) runs in a fresh process, as a script would, before each of the others, and is averaged, since it is short
+and machines drift. In (a) and (b) the network computes its layers in the order in which they are listed, as it is
+usually written.
 """
 
 import argparse
