@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ import joblib
 import numpy as np
 import pydantic
 import torch
+from joblib.externals.loky import ProcessPoolExecutor
 from pydantic import Field, StrictInt
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
@@ -464,7 +466,35 @@ def _run_epochs(
     )
     with ctrl_c_held_back():  # workers start here
         outcomes = parallel(next_epochs())
-    yield from outcomes
+    with _pool_ends_with_a_killed_worker(getattr(parallel._backend, "_workers", None)):
+        yield from outcomes
+
+
+@contextmanager
+def _pool_ends_with_a_killed_worker(pool: Any) -> Iterator[None]:
+    """Do what joblib leaves undone when a worker is killed while it sends a result: end the pool.
+
+    Half of the result is then in the pipe, and joblib's thread, which also looks after the workers, waits for the other
+    half for ever (joblib 1.6.0, process_executor.py, `wait_result_broken_or_wakeup`). Once nobody can write to the pipe
+    any more, the thread comes to its end and does what it does after any killed worker.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            workers = list(pool._processes.values())
+            if any(worker.exitcode for worker in workers) and not done.wait(1):  # joblib mostly sees to it at once
+                for worker in workers:
+                    worker.terminate()
+                pool._result_queue._writer.close()
+                return
+
+    if isinstance(pool, ProcessPoolExecutor):  # not with one worker or a Dask cluster
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _run_fits_epoch(

@@ -215,6 +215,44 @@ def test_a_worker_killed_while_it_trains_costs_only_its_epoch(
     assert computed(run_dir) == computed(undisturbed.run_dir)
 
 
+def kill_while_a_result_is_sent(process: subprocess.Popen[str], tmp_path: Path, everyone: bool) -> None:
+    """Kill the worker that is sending a result, or all: the parent is stopped, so the pipe fills up and they wait."""
+    wait_for(lambda: checkpoints(tmp_path), process)
+    process.send_signal(signal.SIGSTOP)
+    workers = workers_of(process)
+    wait_for(lambda: any("pipe_write" in waits_for(worker) for worker in workers), process)
+    for worker in workers:
+        if everyone or "pipe_write" in waits_for(worker):
+            worker.kill()
+    process.send_signal(signal.SIGCONT)
+
+
+def waits_for(process: psutil.Process) -> str:
+    return Path(f"/proc/{process.pid}/wchan").read_text()  # the kernel's function in which it sleeps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [False, True], ids=["one", "all"])
+def test_a_worker_killed_while_it_sends_a_result_costs_only_its_epoch(
+    everyone: bool, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    process = start_script("main_tutorial", **SETTINGS)
+    kill_while_a_result_is_sent(process, tmp_path, everyone)
+    _, errors = finish(process)
+    assert "A worker process was killed" in errors
+    (run_dir,) = run_dirs(tmp_path)
+    assert computed(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_whose_worker_was_killed_while_it_sent_a_result(start_script: Start, tmp_path: Path) -> None:
+    process = start_script("main_tutorial", **SETTINGS)
+    kill_while_a_result_is_sent(process, tmp_path, everyone=False)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130 and "goes on" in errors and "Traceback" not in errors
+
+
 @pytest.mark.slow
 def test_workers_that_keep_being_killed_end_the_run_with_one_line(start_script: Start, tmp_path: Path) -> None:
     process = start_script("main_tutorial", **SETTINGS | {"EPOCHS": 1000})
