@@ -198,6 +198,14 @@ def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
 ) -> None:
     key_file = put_key(place, tmp_path, monkeypatch)
     before = files_with_key(tmp_path)
+    waits, log_epoch = [], WandbRuns.log_epoch  # seconds for which training waits for the logging of an epoch
+
+    def log_epoch_timed(*arguments: Any) -> None:
+        began = time.monotonic()
+        log_epoch(*arguments)
+        waits.append(time.monotonic() - began)
+
+    monkeypatch.setattr(WandbRuns, "log_epoch", log_epoch_timed)
     with WandbServer(KEY) as first:
         monkeypatch.setenv("WANDB_BASE_URL", first.url)
 
@@ -210,6 +218,7 @@ def test_a_server_that_goes_away_half_way_costs_nothing_but_a_sync(
         started = time.monotonic()
         result = configure(main_tutorial, EPOCHS=4, WANDB_MODE="online", WANDB_API_KEY_PATH=key_file).main()
         assert time.monotonic() - started < 60
+        assert len(waits) == 12 and max(waits) < 1
         first.hanging = False
     output, errors = capfd.readouterr()
     assert len([line for line in errors.splitlines() if "so this run is logged offline" in line]) == 1
