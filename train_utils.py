@@ -6,9 +6,11 @@ writes files, logs and talks to the user.
 """
 
 import copy
+import ctypes
 import inspect
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -241,6 +243,7 @@ def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None)
         ``validation/loss`` and ``validation/accuracy``. After the last epoch also "evaluation": loss, labels and class
         probabilities of the images held out, or of the test images.
     """
+    _keep_freed_memory()
     torch.set_num_threads(fit.threads)
     torch.manual_seed(int(np.random.SeedSequence((config.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
     device, precision = torch.device(fit.device), getattr(torch, fit.precision)
@@ -271,6 +274,16 @@ def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None)
             metrics["evaluation"] = evaluation
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     return {name: _to_cpu(part.state_dict()) for name, part in parts.items()}, metrics
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next batch's tensors; else it may spend a third of its time on new pages.
+
+    The parameters are in the GNU C Library's manual, "Malloc Tunable Parameters". No other C library needs it.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap shrinks only where so much is free at its end
 
 
 def _make_scheduler(
