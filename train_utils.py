@@ -456,17 +456,19 @@ def plan_workers(config: TrainingConfig, device: str) -> tuple[int, int]:
 def _run_epochs(
     config: TrainingConfig, waiting: deque[Fit], checkpoints: dict[str, Checkpoint], workers: int
 ) -> Iterator[tuple[Fit, State, dict[str, Any]]]:
-    """Yield (fit, state, metrics) of the next epoch of the fits in `waiting`, as they come.
+    """Yield (fit, state, metrics) of each epoch of the fits in `waiting`, as they come.
 
-    Fits that the caller puts back into `waiting` meanwhile go on without all others having to be done with their epoch.
-    It ends once nothing waits as a worker gets free, so the caller may have to call it again.
+    The caller puts a fit back into `waiting` for its next epoch, so no fit has to wait until all others are as far.
     """
 
     def next_epochs() -> Iterator[Any]:  # joblib asks for one as a worker gets free
-        while waiting:
-            fit = waiting.popleft()
-            checkpoint = checkpoints[fit.name]
-            yield joblib.delayed(_run_fits_epoch)(config, fit, len(checkpoint["history"]) + 1, checkpoint["state"])
+        while any(_is_pending(checkpoint, config) for checkpoint in checkpoints.values()):
+            if waiting:
+                fit = waiting.popleft()
+                checkpoint = checkpoints[fit.name]
+                yield joblib.delayed(_run_fits_epoch)(config, fit, len(checkpoint["history"]) + 1, checkpoint["state"])
+            else:
+                yield joblib.delayed(time.sleep)(0.05)  # until one is put back: joblib does not ask again after an end
 
     parallel = joblib.Parallel(
         n_jobs=workers,
@@ -480,7 +482,7 @@ def _run_epochs(
     with ctrl_c_held_back():  # workers start here
         outcomes = parallel(next_epochs())
     with _pool_ends_with_a_killed_worker(getattr(parallel._backend, "_workers", None)):
-        yield from outcomes
+        yield from (outcome for outcome in outcomes if outcome)
 
 
 @contextmanager
