@@ -19,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -50,6 +52,12 @@ class UsualNetwork(ConvolutionalNeuralNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, 10) of a batch of images."""
         return self.fc_stack(self.conv_stack(images))
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what the function returns in a process in which nothing ran before, as in a script of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -141,8 +149,7 @@ def main() -> None:
                 "(c) this project, float32": lambda: project_rate("float32", Path(data_dir), arguments.images),
                 "(c) this project, bfloat16": lambda: project_rate("bfloat16", Path(data_dir), arguments.images),
             }.items():
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh_process:
-                    bursts.append(fresh_process.submit(tutorial_rate, TUTORIAL_IMAGES).result())
+                bursts.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
                 rates.setdefault(name, []).append(measure())
                 done = f"(a) {bursts[-1]:.0f}, {name} {rates[name][-1]:.0f}"
                 print(f"  repeat {repeat + 1}: {done}", file=sys.stderr, flush=True)
