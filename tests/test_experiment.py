@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import signal
 import statistics
@@ -141,6 +142,25 @@ def test_run_epoch_leaves_the_state_it_is_given_as_it_is() -> None:
     assert torch.equal(moments, state["optimizer"]["state"][0]["exp_avg"])
     assert first_metrics == second_metrics
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns freed memory so eagerly")
+def test_training_does_not_fetch_new_memory_for_every_batch() -> None:
+    code = """
+import resource, main_cnn
+from data_utils import load_dataset
+from models import ConvolutionalNeuralNetwork
+from train_utils import Fit, TrainingConfig, run_epoch
+config = TrainingConfig.from_constants(vars(main_cnn) | {"DATASET": "Digits"})
+fit = Fit("final", None, ConvolutionalNeuralNetwork, "cpu", "float32", 1, load_dataset("Digits", "unused").digest())
+state, _ = run_epoch(config, fit, 1, None)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run_epoch(config, fit, 2, state)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    pages = int(subprocess.check_output([sys.executable, "-c", code], env=environment))
+    assert pages < 500  # a single batch in new memory takes thousands
 
 
 def test_train_loop_returns_the_mean_per_sample_with_uneven_batches() -> None:
