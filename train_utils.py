@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -277,7 +277,7 @@ def run_epoch(config: TrainingConfig, fit: Fit, epoch: int, state: State | None)
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next batch's tensors; else it may spend a third of its time on new pages.
+    """Let glibc keep freed memory for the next batch's tensors: new pages may else take a third of the time.
 
     The parameters are in the GNU C Library's manual, "Malloc Tunable Parameters". No other C library needs it.
     """
@@ -481,8 +481,8 @@ def _run_epochs(
     )
     with ctrl_c_held_back():  # workers start here
         outcomes = parallel(next_epochs())
-    with _pool_ends_with_a_killed_worker(getattr(parallel._backend, "_workers", None)):
-        yield from (outcome for outcome in outcomes if outcome)
+    with _pool_ends_with_a_killed_worker(getattr(parallel._backend, "_workers", None)), closing(outcomes):
+        yield from filter(None, outcomes)
 
 
 @contextmanager
