@@ -84,7 +84,7 @@ def make_fit() -> Fit:
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == status, errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and "Warning" not in errors
     return output, errors
 
 
