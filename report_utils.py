@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +154,9 @@ def user_errors() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a file on Windows may have no character for a table's lines
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\d+ tasks ", UserWarning)  # joblib's, of what a stopped run cuts off
+            yield
     except pydantic.ValidationError as error:
         lines = [
             f"{str(e['loc'][0]).upper()} is missing" if e["type"] == "missing" else e["msg"] for e in error.errors()

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -480,7 +479,6 @@ def _run_epochs(
         initializer=_end_with_parent,  # for worker processes of this machine; a Dask cluster ignores it
         initargs=(os.getpid(),),
     )
-    warnings.filterwarnings("ignore", r"\d+ tasks ", UserWarning)  # joblib's, of the epochs that a stopped run cuts off
     with ctrl_c_held_back():  # workers start here
         outcomes = parallel(next_epochs())
     with _pool_ends_with_a_killed_worker(getattr(parallel._backend, "_workers", None)), closing(outcomes):

@@ -73,9 +73,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, at least 2")
     seeds = SEEDS[: parser.parse_args().seeds]
     print("seed   (a) tutorial's loop     (b) this project       (a) / (b)")
-    ratios, accuracies, parts = [], [], (tutorial_accuracy, project_accuracy)
+    ratios, accuracies = [], []
     for seed in seeds:
-        (slow, usual), (fast, ours) = (in_fresh_process(timed, part, seed) for part in parts)
+        slow, usual = in_fresh_process(timed, tutorial_accuracy, seed)
+        fast, ours = in_fresh_process(timed, project_accuracy, seed)
         ratios.append(slow / fast)
         accuracies.append((usual, ours))
         print(
