@@ -3,6 +3,8 @@
 Nothing here trains or evaluates a network. What a run came to is worked out here from its predictions.
 """
 
+import atexit
+import gc
 import hashlib
 import io
 import json
@@ -39,6 +41,8 @@ from wandb.errors import AuthenticationError
 PER_CLASS = "{:<{width}}{:>11}{:>9}{:>9}"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
 FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
+
+atexit.register(gc.freeze)  # Python's last collection would search all that was imported, and a run end a second later
 
 
 class ConfigurationError(ValueError):

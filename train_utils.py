@@ -495,17 +495,18 @@ def _pool_ends_with_a_killed_worker(pool: Any) -> Iterator[None]:
     """
     done = threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.5):
-            workers = list(pool._processes.values())
-            if any(worker.exitcode for worker in workers) and not done.wait(1):  # joblib mostly sees to it at once
-                for worker in workers:
+    def watch(workers: dict[int, Any], result_writer: Any) -> None:
+        while not done.wait(0.1):
+            here = list(workers.values())
+            if any(worker.exitcode for worker in here) and not done.wait(0.5):  # joblib mostly sees to it at once
+                for worker in here:
                     worker.terminate()
-                pool._result_queue._writer.close()
+                result_writer.close()
                 return
 
     if isinstance(pool, ProcessPoolExecutor):  # not with one worker or a Dask cluster
-        threading.Thread(target=watch, daemon=True).start()
+        watched = (pool._processes, pool._result_queue._writer)
+        threading.Thread(target=watch, args=watched, daemon=True).start()
     try:
         yield
     finally:
