@@ -247,10 +247,10 @@ def test_a_signal_ends_the_run_within_5_seconds_without_a_traceback(
 
 def test_ctrl_c_while_workers_start_is_answered_afterwards() -> None:
     reached_the_end = False
-    with pytest.raises(SystemExit), user_errors(), ctrl_c_held_back():  # user_errors sets the handler
+    with pytest.raises(SystemExit) as ended, user_errors(), ctrl_c_held_back():  # user_errors sets the handler
         signal.raise_signal(signal.SIGINT)
         reached_the_end = True
-    assert reached_the_end
+    assert reached_the_end and ended.value.code == 130
 
 
 def test_ctrl_c_never_reaches_a_process_started_as_workers_are() -> None:
