@@ -505,8 +505,7 @@ def _pool_ends_with_a_killed_worker(pool: Any) -> Iterator[None]:
                 return
 
     if isinstance(pool, ProcessPoolExecutor):  # not with one worker or a Dask cluster
-        watched = (pool._processes, pool._result_queue._writer)
-        threading.Thread(target=watch, args=watched, daemon=True).start()
+        threading.Thread(target=watch, args=(pool._processes, pool._result_queue._writer), daemon=True).start()
     try:
         yield
     finally:
