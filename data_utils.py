@@ -1,9 +1,8 @@
-"""Data set on disk → tensors → batches. Knows nothing of networks, folds' results or logging."""
+"""Data set on disk → tensors → normalised batches. Knows nothing of networks, results or logging."""
 
 import gzip
 import hashlib
 import os
-import shutil
 import struct
 import tempfile
 import threading
@@ -16,12 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.nn import functional
-from torchvision import datasets
 
+PROJECT_DIR = Path(__file__).resolve().parent
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 DOWNLOAD_STALL_SECONDS = 15  # a download that brings no byte for so long is given up; with imports, 30 s in all
 FILE_KINDS = {  # file name -> dimensions, as in http://yann.lecun.com/exdb/mnist (the IDX format)
@@ -29,6 +26,12 @@ FILE_KINDS = {  # file name -> dimensions, as in http://yann.lecun.com/exdb/mnis
     "train-labels-idx1-ubyte": 1,
     "t10k-images-idx3-ubyte": 3,
     "t10k-labels-idx1-ubyte": 1,
+}
+CLASS_NAMES = {  # as torchvision has them
+    "MNIST": "0 - zero, 1 - one, 2 - two, 3 - three, 4 - four, 5 - five, 6 - six, 7 - seven, 8 - eight, 9 - nine",
+    "FashionMNIST": "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
+    "KMNIST": "o, ki, su, tsu, na, ha, ma, ya, re, wo",
+    "Digits": "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
 }
 
 
@@ -64,9 +67,9 @@ def load_dataset(name: str, data_dir: str | Path) -> Dataset:
     Parameters
     ----------
     name : {"MNIST", "FashionMNIST", "KMNIST", "Digits"}
-        "Digits" comes with scikit-learn and needs no file; the others are torchvision's.
+        "Digits" is made of what comes with scikit-learn; the others are torchvision's.
     data_dir : str or Path
-        Where torchvision keeps its data sets: the files lie in ``<data_dir>/<name>/raw``.
+        The files lie in ``<data_dir>/<name>/raw``, as torchvision lays them out.
 
     Returns
     -------
@@ -78,22 +81,34 @@ def load_dataset(name: str, data_dir: str | Path) -> Dataset:
     DatasetError
         If the files cannot be had, or one of them is damaged.
     """
-    if name == "Digits":
-        return _load_digits()
-    torchvision_class = getattr(datasets, name)
     raw_dir = Path(data_dir) / name / "raw"
-    if not all((raw_dir / file).is_file() for file in FILE_KINDS):
-        _get_files(torchvision_class, Path(data_dir), raw_dir)
+    missing = [file for file in FILE_KINDS if not _lies_at(file, raw_dir).is_file()]
+    got = _get_files(name, raw_dir, missing) if missing else {}
+    try:
+        if got:
+            _save_files(got, raw_dir)
+    except OSError:
+        if name != "Digits":  # which are only kept to spare the next process scikit-learn's import
+            raise
+    read = {}
     for file, dimensions in FILE_KINDS.items():
-        _check_idx_file(raw_dir / file, dimensions)
-    train, test = (torchvision_class(str(data_dir), train=train) for train in (True, False))
-    for part, prefix in ((train, "train"), (test, "t10k")):
-        labels_path = raw_dir / f"{prefix}-labels-idx1-ubyte"
-        if len(part.data) != len(part.targets):
-            raise _damaged(labels_path, f"it holds {len(part.targets)} labels for {len(part.data)} images")
-        if part.targets.max() >= len(train.classes):
-            raise _damaged(labels_path, f"it holds the label {part.targets.max()}, but the last class is number 9")
-    return Dataset(train.data, train.targets.long(), test.data, test.targets.long(), list(train.classes))
+        path = _lies_at(file, raw_dir)
+        read[file] = _parse_idx(got.get(file) or path.read_bytes(), dimensions, path)
+    class_names = CLASS_NAMES[name].split(", ")
+    for part in ("train", "t10k"):
+        images, labels = read[f"{part}-images-idx3-ubyte"], read[f"{part}-labels-idx1-ubyte"]
+        path = _lies_at(f"{part}-labels-idx1-ubyte", raw_dir)
+        if len(images) != len(labels):
+            raise _damaged(path, f"it holds {len(labels)} labels for {len(images)} images")
+        if labels.max() >= len(class_names):
+            raise _damaged(path, f"it holds the label {labels.max()}, but the last class is number 9")
+    train_images, train_labels, test_images, test_labels = read.values()
+    return Dataset(train_images, train_labels.long(), test_images, test_labels.long(), class_names)
+
+
+def path_of(path: str | Path) -> Path:
+    """Return where a path in the settings is: a relative one starts at this folder, ``~`` is the user's home."""
+    return PROJECT_DIR / Path(path).expanduser()
 
 
 @lru_cache(maxsize=1)
@@ -111,41 +126,22 @@ def cached_dataset(name: str, data_dir: str | Path, digest: str) -> Dataset:
     return dataset
 
 
-def folds_problem(dataset: Dataset, folds: int) -> str | None:
-    """Return what is wrong with that many folds of the training images, or None."""
-    labels, counts = dataset.train_labels.unique(return_counts=True)
-    smallest, images = int(counts.argmin()), len(dataset.train_labels)
-    if folds > int(counts[smallest]):  # int: a tensor compares no integer beyond 64 bits
-        name = dataset.class_names[labels[smallest]]
-        return (
-            f"FOLDS must be at most {counts[smallest]}, the training images of the smallest class ({name}), got {folds}"
-        )
-    if images - -(-images // folds) < 2:
-        return f"FOLDS must leave at least 2 images to train on, but of {images} training images {folds} folds leave 1"
-    return None
-
-
-def split(
-    dataset: Dataset, folds: int, fold: int | None, rng_seed: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split(dataset: Dataset, held_out: bytes | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (images, labels) that a fit trains on, and those that it is evaluated on.
 
     Parameters
     ----------
     dataset : Dataset
-    folds : int
-        Parts of the training images, stratified and shuffled.
-    fold : int or None
-        The part held out, counted from 0; None: train on all, evaluate on the test images.
-    rng_seed : int
-        Seed of the shuffle.
+    held_out : bytes or None
+        `numpy.packbits` of which training images are held out to be evaluated on; None: train on all of them, evaluate
+        on the test images.
     """
     images, labels = dataset.train_images, dataset.train_labels
-    if fold is None:
+    if held_out is None:
         return (images, labels), (dataset.test_images, dataset.test_labels)
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=rng_seed)
-    train, held_out = (torch.from_numpy(part) for part in list(splitter.split(labels, labels))[fold])
-    return (images[train], labels[train]), (images[held_out], labels[held_out])
+    bits = np.unpackbits(np.frombuffer(held_out, np.uint8), count=len(labels))
+    held = torch.from_numpy(bits).bool()
+    return (images[~held], labels[~held]), (images[held], labels[held])
 
 
 def pixel_statistics(images: Tensor) -> tuple[float, float]:
@@ -205,104 +201,120 @@ class Batches:
             yield pixels.sub_(255 * self.mean).div_(255 * self.std), self.labels[index]
 
 
-def _load_digits() -> Dataset:
-    """Return scikit-learn's 1,797 handwritten digits, 8×8 → 28×28, a fifth of them (stratified, fixed) for testing."""
-    digits = load_digits()
-    small = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)
-    images = functional.interpolate(small, size=(28, 28), mode="bilinear").squeeze(1).round().to(torch.uint8)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=digits.target)
-    return Dataset(
-        images[train], labels[train], images[test], labels[test], [str(name) for name in digits.target_names]
-    )
+def _lies_at(file: str, raw_dir: Path) -> Path:
+    """Return where a file lies: under its own name or, as some mirrors and unpackers have it, with a dot in it."""
+    dotted = raw_dir / file.replace("-idx", ".idx")
+    return dotted if dotted.is_file() and not (raw_dir / file).is_file() else raw_dir / file
 
 
-def _get_files(torchvision_class: type[datasets.MNIST], data_dir: Path, raw_dir: Path) -> None:
-    """Put the four unpacked files into raw_dir: from .gz files beside them, Debian's package, or by download."""
-    missing = [file for file in FILE_KINDS if not (raw_dir / file).is_file()]
-    sources = [raw_dir]
-    if raw_dir.parent.name == "FashionMNIST" and len(missing) == len(FILE_KINDS):
-        sources.append(DEBIAN_FASHION_MNIST)  # never to complete somebody's own files
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as temporary:
-        source = next((path for path in sources if all((path / f"{file}.gz").is_file() for file in missing)), None)
-        if source is not None:
-            ready_dir = Path(temporary)
-            for file in missing:
-                _unpack(source / f"{file}.gz", ready_dir / file)
-                _check_idx_file(ready_dir / file, FILE_KINDS[file], blame=source / f"{file}.gz")
-        else:
-            _download(torchvision_class, Path(temporary), raw_dir)
-            ready_dir = Path(temporary) / raw_dir.parent.name / "raw"
-        raw_dir.mkdir(parents=True, exist_ok=True)
-        for file in missing:
-            os.replace(ready_dir / file, raw_dir / file)  # whole or not at all
-
-
-def _unpack(packed: Path, unpacked: Path) -> None:
-    try:
-        with gzip.open(packed) as source, open(unpacked, "wb") as target:
-            shutil.copyfileobj(source, target)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(packed, str(error)) from None
-
-
-def _download(torchvision_class: type[datasets.MNIST], folder: Path, raw_dir: Path) -> None:
-    """Let torchvision download into folder, and give up where no byte arrives for a while.
-
-    torchvision opens its URLs without a timeout, and no socket timeout covers a name server that does not answer.
-    """
-    name = torchvision_class.__name__
-    reason: list[str] = []
-
-    def download() -> None:
-        try:
-            torchvision_class(str(folder), download=True)
-        except (OSError, RuntimeError) as error:
-            reason.append(" ".join(str(error).split()) or type(error).__name__)
-
-    print(f"Downloading {name} …", flush=True)
-    thread = threading.Thread(target=download, daemon=True)  # daemon: a hanging download must not keep us from ending
-    thread.start()
-    size, last_change = -1, time.monotonic()
-    while thread.is_alive() and time.monotonic() - last_change < DOWNLOAD_STALL_SECONDS:
-        thread.join(0.2)
-        new_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if new_size != size:
-            size, last_change = new_size, time.monotonic()
-    if thread.is_alive():
-        reason.append(f"nothing arrived for {DOWNLOAD_STALL_SECONDS} seconds")
-    if reason:
-        debian = ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu" if name == "FashionMNIST" else ""
-        raise DatasetError(
-            f"{name} is not in {raw_dir} and could not be downloaded ({reason[0]}). Copy its four files "
-            f'({", ".join(FILE_KINDS)}; .gz will do) there{debian}, or set DATASET = "Digits", which needs no download.'
-        )
-
-
-def _check_idx_file(path: Path, dimensions: int, blame: Path | None = None) -> None:
-    """Raise unless the header of an IDX file of unsigned bytes fits its length and this project's 28×28 images.
-
-    `blame` is the file to name where `path` was only unpacked from it.
-    """
-    with open(path, "rb") as file:
-        header = file.read(4 + 4 * dimensions)
+def _parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
+    """Return the unsigned bytes of an IDX file; raise unless it is whole and holds what this project takes."""
+    header = content[: 4 + 4 * dimensions]
     if len(header) < 4 + 4 * dimensions:
-        raise _damaged(blame or path, f"it is only {len(header)} bytes long")
+        raise _damaged(path, f"it is only {len(header)} bytes long")
     magic, *sizes = struct.unpack(f">{1 + dimensions}I", header)
     if magic != 0x0800 + dimensions:
-        raise _damaged(blame or path, f"it begins with {header[:4].hex()} instead of {0x0800 + dimensions:08x}")
-    expected, found = len(header) + int(np.prod(sizes, dtype=object)), path.stat().st_size
-    if found != expected:
-        raise _damaged(blame or path, f"it is {found} bytes long, but its header asks for {expected}")
+        raise _damaged(path, f"it begins with {header[:4].hex()} instead of {0x0800 + dimensions:08x}")
+    expected = len(header) + int(np.prod(sizes, dtype=object))
+    if len(content) != expected:
+        raise _damaged(path, f"it is {len(content)} bytes long, but its header asks for {expected}")
     if sizes[0] == 0:
-        raise _damaged(blame or path, "it is empty")
+        raise _damaged(path, "it is empty")
     if dimensions == 3 and sizes[1:] != [28, 28]:
-        raise _damaged(blame or path, f"its images are {sizes[1]}×{sizes[2]}, but the networks take 28×28")
+        raise _damaged(path, f"its images are {sizes[1]}×{sizes[2]}, but the networks take 28×28")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=len(header)).reshape(sizes).copy())
 
 
 def _damaged(path: Path, why: str) -> DatasetError:
     return DatasetError(
         f"{path} is damaged: {why}. Delete this file and, unless they are your own, the other three beside it; "
         "then run again."
+    )
+
+
+def _get_files(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
+    """Return the content of the missing files: from .gz files beside them, Debian's package, or by download."""
+    if name == "Digits":
+        return _make_digits()
+    folders = [raw_dir]
+    if name == "FashionMNIST" and len(missing) == len(FILE_KINDS):
+        folders.append(DEBIAN_FASHION_MNIST)  # never to complete somebody's own files
+    for folder in folders:
+        packed = {file: _lies_at(f"{file}.gz", folder) for file in missing}
+        if all(path.is_file() for path in packed.values()):
+            return {file: _unpack(path, FILE_KINDS[file]) for file, path in packed.items()}
+    return _download(name, raw_dir, missing)
+
+
+def _unpack(packed: Path, dimensions: int) -> bytes:
+    try:
+        content = gzip.decompress(packed.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(packed, str(error)) from None
+    _parse_idx(content, dimensions, packed)  # so that the packed file is named where its content is damaged
+    return content
+
+
+def _save_files(contents: dict[str, bytes], raw_dir: Path) -> None:
+    raw_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as temporary:
+        for file, content in contents.items():
+            (Path(temporary) / file).write_bytes(content)
+        for file in contents:
+            os.replace(Path(temporary) / file, raw_dir / file)  # whole or not at all
+
+
+def _make_digits() -> dict[str, bytes]:
+    """Return scikit-learn's 1,797 handwritten digits, 8×8 → 28×28, as IDX files; a stratified fifth is for testing."""
+    from sklearn.datasets import load_digits  # slow to import, and needed once
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)
+    images = functional.interpolate(small, size=(28, 28), mode="bilinear").squeeze(1).round().numpy()
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+    arrays = [array[part] for part in parts for array in (images, digits.target)]
+    return {
+        file: struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+        for file, array in zip(FILE_KINDS, arrays, strict=True)
+    }
+
+
+def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
+    """Let torchvision download, and give up where no byte arrives for a while; return the content of the missing files.
+
+    torchvision opens its URLs without a timeout, and no socket timeout covers a name server that does not answer.
+    """
+    from torchvision import datasets  # takes as long to import as torch
+
+    reason: list[str] = []
+
+    def download() -> None:
+        try:
+            getattr(datasets, name)(folder, download=True)
+        except (OSError, RuntimeError) as error:
+            reason.append(" ".join(str(error).split()) or type(error).__name__)
+
+    print(f"Downloading {name} …", flush=True)
+    data_dir = raw_dir.parents[1]
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:
+        thread = threading.Thread(
+            target=download, daemon=True
+        )  # daemon: a hanging download must not keep us from ending
+        thread.start()
+        size, last_change = -1, time.monotonic()
+        while thread.is_alive() and time.monotonic() - last_change < DOWNLOAD_STALL_SECONDS:
+            thread.join(0.2)
+            new_size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            if new_size != size:
+                size, last_change = new_size, time.monotonic()
+        if thread.is_alive():
+            reason.append(f"nothing arrived for {DOWNLOAD_STALL_SECONDS} seconds")
+        if not reason:
+            return {file: (Path(folder) / name / "raw" / file).read_bytes() for file in missing}
+    debian = ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu" if name == "FashionMNIST" else ""
+    raise DatasetError(
+        f"{name} is not in {raw_dir} and could not be downloaded ({reason[0]}). Copy its four files "
+        f'({", ".join(FILE_KINDS)}; .gz will do) there{debian}, or set DATASET = "Digits", which needs no download.'
     )

@@ -3,14 +3,13 @@
 Everything that is worth changing stands in the constants below; the network itself is in models.py.
 """
 
-import signal
+from concurrent.futures import Executor
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while PyTorch is still loading
-
+from experiment.errors import user_errors
+from experiment.results import ExperimentResult
+from experiment.run import run_experiment
+from experiment.settings import TrainingConfig
 from models import NeuralNetwork
-from report_utils import ExperimentResult, user_errors
-from train_utils import TrainingConfig, run_experiment
 
 # What is computed
 DATASET = "MNIST"  # or "FashionMNIST", "KMNIST", "Digits" (small, comes with scikit-learn, needs no download)
@@ -37,11 +36,11 @@ DATA_DIR = "data"  # the data sets
 RUNS_DIR = "runs"  # the results, a folder a run
 
 
-def main() -> ExperimentResult:
+def main(executor: Executor | None = None) -> ExperimentResult:
     """Build the configuration, run all fits, report; return what came out."""
     with user_errors():
         config = TrainingConfig.from_constants(globals())
-        return run_experiment(NeuralNetwork, config)
+        return run_experiment(NeuralNetwork, config, executor)
 
 
 if __name__ == "__main__":

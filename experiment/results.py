@@ -1,0 +1,167 @@
+"""What a fit and an experiment came to: figures worked out from predictions."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sklearn.metrics import classification_report, confusion_matrix
+from torch import Tensor
+
+from data_utils import Dataset
+
+
+@dataclass
+class FitResult:
+    """What a fit came to: `history` has a dict an epoch, all else is of the images that the fit was evaluated on.
+
+    `confusion` counts images by true class (row) and predicted class (column), in the order of the report's classes.
+    """
+
+    name: str
+    loss: float
+    accuracy: float
+    report: dict[str, Any]
+    history: list[dict[str, float]]
+    confusion: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what results.json holds of this fit."""
+        return {name: getattr(self, name) for name in ("name", "loss", "accuracy", "report", "history")}
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of the report and of `confusion`."""
+        return [name for name, row in self.report.items() if isinstance(row, dict) and not name.endswith(" avg")]
+
+
+@dataclass
+class Mistake:
+    """A test image (uint8, 28×28) that the final network takes for something else, and how sure it is of that."""
+
+    image: Tensor
+    true: str
+    predicted: str
+    probability: float
+
+
+@dataclass
+class ExperimentResult:
+    """What a run came to; ``to_dict()`` is the content of results.json, which lies in `run_dir`.
+
+    `failures` says of each fit that diverged what happened; such a fit is not among the folds, or final is None.
+    """
+
+    config: dict[str, Any]
+    folds: list[FitResult]
+    final: FitResult | None
+    failures: dict[str, str]
+    mistakes: list[Mistake]
+    environment: dict[str, Any]
+    run_dir: Path
+
+    @property
+    def cross_validation(self) -> dict[str, float]:
+        """Mean and sample standard deviation (ddof = 1) over the folds of loss, accuracy and averages.
+
+        Empty where all folds but one, or all, have failed.
+        """
+        if len(self.folds) < 2:
+            return {}
+        values = {
+            "accuracy": [fold.accuracy for fold in self.folds],
+            "loss": [fold.loss for fold in self.folds],
+            "macro_f1": [fold.report["macro avg"]["f1-score"] for fold in self.folds],
+            "weighted_f1": [fold.report["weighted avg"]["f1-score"] for fold in self.folds],
+        }
+        means = {f"{name}_mean": statistics.fmean(of_folds) for name, of_folds in values.items()}
+        return means | {f"{name}_std": statistics.stdev(of_folds) for name, of_folds in values.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of results.json."""
+        return {
+            "config": self.config,
+            "folds": [fold.to_dict() for fold in self.folds],
+            "final": self.final and self.final.to_dict(),
+            "failures": self.failures,
+            "cross_validation": self.cross_validation,
+            "environment": self.environment,
+        }
+
+
+def make_result(
+    config: dict[str, Any],
+    dataset: Dataset,
+    checkpoints: dict[str, dict[str, Any]],
+    environment: dict[str, Any],
+    run_dir: Path,
+) -> ExperimentResult:
+    """Work out the figures of all fits from their checkpoints after the last epoch."""
+    class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
+    finished = {name: one for name, one in checkpoints.items() if not one["failure"]}
+    results = {name: evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
+    final, mistakes = results.pop("final", None), []
+    if final:
+        _, labels, probabilities = finished["final"]["evaluation"]
+        mistakes = find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+    failures = {name: one["failure"] for name, one in checkpoints.items() if one["failure"]}
+    return ExperimentResult(config, list(results.values()), final, failures, mistakes, environment, run_dir)
+
+
+def evaluate(
+    name: str,
+    history: list[dict[str, float]],
+    evaluation: tuple[float, Tensor, Tensor],
+    class_names: dict[int, str],
+) -> FitResult:
+    """Compute a fit's figures.
+
+    Parameters
+    ----------
+    name : str
+    history : list of dict
+        The metrics of each epoch.
+    evaluation : tuple
+        Mean loss, labels (N,) and class probabilities (N, classes), as `test_loop` returns them.
+    class_names : dict
+        Label → name of the classes that occur in the data set: a class without any image has no row.
+    """
+    loss, labels, probabilities = evaluation
+    predictions = probabilities.argmax(1)
+    present = list(class_names)
+    report = classification_report(
+        labels,
+        predictions,
+        labels=present,
+        target_names=list(class_names.values()),
+        output_dict=True,
+        zero_division=0,
+    )
+    report.pop("micro avg", None)  # stands in for the accuracy where a class was predicted that does not occur
+    accuracy = report["accuracy"] = (predictions == labels).double().mean().item()
+    return FitResult(
+        name, loss, accuracy, report, history, confusion_matrix(labels, predictions, labels=present).tolist()
+    )
+
+
+def find_mistakes(
+    images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str], most: int = 24
+) -> list[Mistake]:
+    """Return the wrongly classified images, those first that the network is most sure of.
+
+    Parameters
+    ----------
+    images, labels, probabilities : Tensor
+        uint8 (N, 28, 28), int64 (N,) and float32 (N, classes).
+    class_names : list of str
+        Name of each label.
+    most : int
+        How many at most.
+    """
+    sureness, predictions = probabilities.max(1)
+    wrong = (predictions != labels).nonzero().flatten()
+    order = wrong[sureness[wrong].argsort(descending=True, stable=True)][:most]
+    return [
+        Mistake(images[i], class_names[labels[i]], class_names[predictions[i]], sureness[i].item())
+        for i in order.tolist()
+    ]
