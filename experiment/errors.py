@@ -21,6 +21,16 @@ class RunError(RuntimeError):
     """The run cannot go on; the message says what to do."""
 
 
+def _quiet_ctrl_c(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("Stopped by SIGINT.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet_ctrl_c  # for as long as PyTorch is loading, and user_errors not yet there to answer
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a mistake of the user's, or an interruption, into one message and the right exit status.

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
-from data_utils import PROJECT_DIR, Dataset, load_dataset, path_of
+from data_utils import Dataset, load_dataset, path_of
 from experiment.console import Progress, path_from_here, say, summary_text, warn
 from experiment.errors import ConfigurationError, RunError, beside_the_run, end_traceback_outside
 from experiment.figures import draw_figures, report_text
@@ -29,7 +30,6 @@ from train_utils import Fit, State, build_network, run_epoch, test_loop, train_l
 
 MOST_WORKER_DEATHS = 3  # worker processes that may be killed before a run is given up
 Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if there was one
-NEW: Checkpoint = {"state": None, "history": [], "evaluation": None, "failure": None}
 
 
 def run_experiment(
@@ -65,44 +65,35 @@ def run_experiment(
     wandb_mode, wandb_key = choose_mode(config.wandb_mode, path_of(config.wandb_api_key_path))
     dataset = load_dataset(config.dataset, path_of(config.data_dir))
     fits = make_fits(model_class, config, dataset)
-    workers = plan_workers(config.workers, len(fits), fits[0].device)[1]
-    name = f"{model_class.__name__}-{config.dataset}"
-    identity = identify(config, fits[0], network)
-    with RunDirectory(path_of(config.runs_dir), name, config.to_dict(), identity, config.resume) as run_dir:
-        environment = describe_machine() | {
-            "device": fits[0].device,
-            "precision": fits[0].precision,
-            "threads_per_fit": fits[0].threads,
-            "workers": type(executor).__name__ if executor else workers,
-            "resumed": run_dir.resumed,
-        }
-        say(f"{network}\n\nTraining on {fits[0].device} in {fits[0].precision}, {workers} at a time.")
-        logged = config.to_dict() | {"model": str(network), "environment": environment}
-        with WandbRuns(wandb_mode, wandb_key, logged, [fit.name for fit in fits], run_dir, PROJECT_DIR) as runs:
-            checkpoints = {fit.name: run_dir.load_checkpoint(fit.name) or NEW for fit in fits}
-            for fit in fits:
-                for metrics in checkpoints[fit.name]["history"]:
-                    runs.log_epoch(fit.name, metrics)
-            if executor:
-                _train_all(fits, executor, len(fits), checkpoints, run_dir, runs)
-            else:
-                in_flight = workers + 1 if workers > 1 else 1  # one lies ready, so that no worker has to wait
-                with WorkerProcesses(workers) if workers > 1 else ThisProcess() as pool:
-                    _train_all(fits, pool, in_flight, checkpoints, run_dir, runs)
-            environment |= {"seconds": time.monotonic() - started, "wandb_run_ids": runs.ids}
-            result = make_result(config.to_dict(), dataset, checkpoints, environment, run_dir.path)
-            say(f"\n{summary_text(result)}")
-            if result.final:
-                run_dir.save_tensors("model.pt", checkpoints["final"]["state"]["model"])
-            figures: dict[str, bytes] = {}
-            with beside_the_run("the figures"):
-                figures = draw_figures(result)
-            files = {"report.md": report_text(result, figures).encode()} | figures
-            for file, content in files.items():
-                run_dir.save(file, content)
-            runs.log_results(result)
+    device, precision, threads = fits[0].device, fits[0].precision, fits[0].threads
+    workers = plan_workers(config.workers, len(fits), device)[1]
+    at_a_time = f"{workers} at a time" if executor is None else f"by {type(executor).__name__}"
+    say(f"{network}\n\nTraining on {device} in {precision}, {at_a_time}.")
+
+    environment = describe_machine() | {"device": device, "precision": precision, "threads_per_fit": threads}
+    environment["workers"] = workers if executor is None else type(executor).__name__
+    logged = config.to_dict() | {"model": str(network), "environment": environment}
+    name, identity = f"{model_class.__name__}-{config.dataset}", identify(config, fits[0], network)
+    with (
+        RunDirectory(path_of(config.runs_dir), name, config.to_dict(), identity, config.resume) as run_dir,
+        WandbRuns(wandb_mode, wandb_key, logged, [fit.name for fit in fits], run_dir) as runs,
+    ):
+        checkpoints = _train_all(fits, workers, executor, run_dir, runs)
+        environment |= {"seconds": time.monotonic() - started, "resumed": run_dir.resumed, "wandb_run_ids": runs.ids}
+        result = make_result(config.to_dict(), dataset, checkpoints, environment, run_dir.path)
+        say(f"\n{summary_text(result)}")
+        if result.final:
+            run_dir.save_tensors("model.pt", checkpoints["final"]["state"]["model"])
+        figures: dict[str, bytes] = {}
+        with beside_the_run("the figures"):
+            figures = draw_figures(result)
+        for file, content in figures.items():
+            run_dir.save(file, content)
+        run_dir.save("report.md", report_text(result, figures).encode())
+        runs.log_results(result)
         run_dir.finish(result.to_dict())
-    say("\nWorth opening:\n" + "\n".join(f"  {path_from_here(run_dir.path / file)}" for file in files))
+    worth_opening = [path_from_here(run_dir.path / file) for file in ("report.md", *figures)]
+    say("\nWorth opening:\n  " + "\n  ".join(worth_opening))
     if result.failures:
         raise RunError("\n".join(result.failures.values()))
     return result
@@ -195,14 +186,14 @@ def _check_folds(dataset: Dataset, folds: int) -> None:
 
 
 def _train_all(
-    fits: list[Fit],
-    pool: Executor,
-    in_flight: int,
-    checkpoints: dict[str, Checkpoint],
-    run_dir: RunDirectory,
-    runs: WandbRuns,
-) -> None:
-    """Bring all checkpoints to their last epoch, with so many epochs of different fits in the pool at a time."""
+    fits: list[Fit], workers: int, executor: Executor | None, run_dir: RunDirectory, runs: WandbRuns
+) -> dict[str, Checkpoint]:
+    """Train all fits, side by side, an epoch of one at a time, from their checkpoints to their last epoch."""
+    new: Checkpoint = {"state": None, "history": [], "evaluation": None, "failure": None}
+    checkpoints = {fit.name: run_dir.load_checkpoint(fit.name) or new for fit in fits}
+    for name, checkpoint in checkpoints.items():
+        for metrics in checkpoint["history"]:
+            runs.log_epoch(name, metrics)
 
     def epochs_done(fit: Fit) -> int:
         return len(checkpoints[fit.name]["history"])
@@ -213,7 +204,8 @@ def _train_all(
     waiting = deque(sorted(filter(is_pending, fits), key=epochs_done))
     futures: dict[Future[Any], Fit] = {}
     deaths = 0
-    with Progress(sum(fit.epochs for fit in fits), sum(map(epochs_done, fits))) as progress:
+    opened, in_flight = _open_pool(workers, executor, len(fits))
+    with opened as pool, Progress(sum(fit.epochs for fit in fits), sum(map(epochs_done, fits))) as progress:
         progress.rows(_fold_histories(checkpoints))
         while waiting or futures:
             while waiting and len(futures) < in_flight:
@@ -240,6 +232,16 @@ def _train_all(
                 progress.rows(_fold_histories(checkpoints))
                 if is_pending(fit):
                     waiting.append(fit)
+    return checkpoints
+
+
+def _open_pool(workers: int, executor: Executor | None, fits: int) -> tuple[AbstractContextManager[Executor], int]:
+    """Return where the epochs are computed, and how many of them may wait or be computed there at a time."""
+    if executor is not None:
+        return nullcontext(executor), fits
+    if workers == 1:
+        return ThisProcess(), 1
+    return WorkerProcesses(workers), workers + 1  # one lies ready, so that no worker waits for its state to be sent
 
 
 def _submit(pool: Executor, fit: Fit, epoch: int, state: State | None) -> Future[Any]:

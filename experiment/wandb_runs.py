@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import requests
 import wandb
 
+from data_utils import PROJECT_DIR
 from experiment.console import path_from_here, say, warn
 from experiment.errors import ConfigurationError
 from experiment.results import ExperimentResult, FitResult
@@ -40,24 +41,16 @@ class WandbRuns:
         One run is opened for each; "final" gets the job type "final", all others "fold".
     experiment : RunDirectory
         Its name is the group, and it says with which ids the runs were opened if this is not the first attempt.
-    project_dir : Path
-        W&B's folder is made in it unless WANDB_DIR says otherwise; where it cannot be, in the run's own.
     """
 
     def __init__(
-        self,
-        mode: str,
-        key: str | None,
-        config: dict[str, Any],
-        fit_names: list[str],
-        experiment: RunDirectory,
-        project_dir: Path,
+        self, mode: str, key: str | None, config: dict[str, Any], fit_names: list[str], experiment: RunDirectory
     ) -> None:
         self.mode, self._key, self._config, self._experiment = mode, key, config, experiment
         self._history: dict[str, list[dict[str, Any]]] = {name: [] for name in fit_names}
         self._runs: dict[str, wandb.Run] = {}
         self._finished = False
-        folder = Path(os.environ.get("WANDB_DIR", project_dir))
+        folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
         self._folder = folder if os.access(folder, os.W_OK) else experiment.path  # W&B would take a temporary one
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # else it writes in the user's home
             os.environ.setdefault(variable, str(self._folder / "wandb" / ".wandb"))
