@@ -1,5 +1,6 @@
 """Data set on disk → tensors → normalised batches. Knows nothing of networks, results or logging."""
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +42,7 @@ class DatasetError(OSError):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory: images uint8 (N, 28, 28), labels int64 (N,), one class name a label."""
+    """A data set in memory: images uint8 (N, 28, 28), labels int64 (N,), a class name a label."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -56,8 +58,7 @@ class Dataset(NamedTuple):
         """Return the SHA-256 of all images and labels, in hexadecimal."""
         sha = hashlib.sha256()
         for tensor in self[:4]:
-            sha.update(f"{tuple(tensor.shape)}".encode())
-            sha.update(tensor.numpy().data)
+            sha.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
         return sha.hexdigest()
 
 
@@ -82,32 +83,25 @@ def load_dataset(name: str, data_dir: str | Path) -> Dataset:
         If the files cannot be had, or one of them is damaged.
     """
     raw_dir = Path(data_dir) / name / "raw"
-    missing = [file for file in FILE_KINDS if not _lies_at(file, raw_dir).is_file()]
+    paths = {file: _lies_at(file, raw_dir) for file in FILE_KINDS}
+    missing = [file for file, path in paths.items() if not path.is_file()]
     got = _get_files(name, raw_dir, missing) if missing else {}
-    try:
-        if got:
-            _save_files(got, raw_dir)
-    except OSError:
-        if name != "Digits":  # which are only kept to spare the next process scikit-learn's import
-            raise
-    read = {}
-    for file, dimensions in FILE_KINDS.items():
-        path = _lies_at(file, raw_dir)
-        read[file] = _parse_idx(got.get(file) or path.read_bytes(), dimensions, path)
-    class_names = CLASS_NAMES[name].split(", ")
-    for part in ("train", "t10k"):
-        images, labels = read[f"{part}-images-idx3-ubyte"], read[f"{part}-labels-idx1-ubyte"]
-        path = _lies_at(f"{part}-labels-idx1-ubyte", raw_dir)
-        if len(images) != len(labels):
-            raise _damaged(path, f"it holds {len(labels)} labels for {len(images)} images")
-        if labels.max() >= len(class_names):
-            raise _damaged(path, f"it holds the label {labels.max()}, but the last class is number 9")
-    train_images, train_labels, test_images, test_labels = read.values()
-    return Dataset(train_images, train_labels.long(), test_images, test_labels.long(), class_names)
+    with contextlib.suppress(OSError):  # they are only kept to spare the next process the work
+        _save_files(got, raw_dir)
+    images, labels, test_images, test_labels = (
+        _parse_idx(got.get(file) or path.read_bytes(), FILE_KINDS[file], path) for file, path in paths.items()
+    )
+    for prefix, found, count in (("train", labels, len(images)), ("t10k", test_labels, len(test_images))):
+        path = paths[f"{prefix}-labels-idx1-ubyte"]
+        if len(found) != count:
+            raise _damaged(path, f"it holds {len(found)} labels for {count} images")
+        if found.max() > 9:
+            raise _damaged(path, f"it holds the label {found.max()}, but the last class is number 9")
+    return Dataset(images, labels.long(), test_images, test_labels.long(), CLASS_NAMES[name].split(", "))
 
 
 def path_of(path: str | Path) -> Path:
-    """Return where a path in the settings is: a relative one starts at this folder, ``~`` is the user's home."""
+    """Return where a path in the settings is: relative ones start at this folder, ``~`` is the user's home."""
     return PROJECT_DIR / Path(path).expanduser()
 
 
@@ -127,20 +121,15 @@ def cached_dataset(name: str, data_dir: str | Path, digest: str) -> Dataset:
 
 
 def split(dataset: Dataset, held_out: bytes | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) that a fit trains on, and those that it is evaluated on.
+    """Return (images, labels) to train on, and those to evaluate on.
 
-    Parameters
-    ----------
-    dataset : Dataset
-    held_out : bytes or None
-        `numpy.packbits` of which training images are held out to be evaluated on; None: train on all of them, evaluate
-        on the test images.
+    `held_out` says, as `numpy.packbits` has it, which training images to evaluate on; None: train on all of them and
+    evaluate on the test images.
     """
     images, labels = dataset.train_images, dataset.train_labels
     if held_out is None:
         return (images, labels), (dataset.test_images, dataset.test_labels)
-    bits = np.unpackbits(np.frombuffer(held_out, np.uint8), count=len(labels))
-    held = torch.from_numpy(bits).bool()
+    held = torch.from_numpy(np.unpackbits(np.frombuffer(held_out, np.uint8), count=len(labels))).bool()
     return (images[~held], labels[~held]), (images[held], labels[held])
 
 
@@ -156,12 +145,13 @@ def pixel_statistics(images: Tensor) -> tuple[float, float]:
     return mean / 255, (std or 255.0) / 255  # images of one single grey have no spread to divide by
 
 
+@dataclass(eq=False)
 class Batches:
     """Normalised float batches of images that stay uint8 in memory, made one at a time.
 
     Iterating yields (images, labels): float32 (B, 1, 28, 28) and int64 (B,).
 
-    Parameters
+    Attributes
     ----------
     images, labels : Tensor
         uint8 (N, 28, 28) and int64 (N,).
@@ -175,19 +165,17 @@ class Batches:
         Shuffle (with torch's global generator), and leave out a last batch of one image: batch norm cannot train on it.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        mean: float,
-        std: float,
-        device: torch.device,
-        training: bool = False,
-    ) -> None:
-        self.images, self.labels, self.training = images.to(device), labels.to(device), training
-        self.batch_size = min(batch_size, len(labels))
-        self.mean, self.std = mean, std
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+    mean: float
+    std: float
+    device: torch.device
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
+        self.batch_size = min(self.batch_size, len(self.labels))
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.labels), self.batch_size)
@@ -226,10 +214,8 @@ def _parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
 
 
 def _damaged(path: Path, why: str) -> DatasetError:
-    return DatasetError(
-        f"{path} is damaged: {why}. Delete this file and, unless they are your own, the other three beside it; "
-        "then run again."
-    )
+    advice = "Delete this file and, unless they are your own, the other three beside it; then run again."
+    return DatasetError(f"{path} is damaged: {why}. {advice}")
 
 
 def _get_files(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
@@ -256,17 +242,16 @@ def _unpack(packed: Path, dimensions: int) -> bytes:
 
 
 def _save_files(contents: dict[str, bytes], raw_dir: Path) -> None:
-    raw_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as temporary:
-        for file, content in contents.items():
-            (Path(temporary) / file).write_bytes(content)
-        for file in contents:
-            os.replace(Path(temporary) / file, raw_dir / file)  # whole or not at all
+    for file, content in contents.items():
+        raw_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw_dir, prefix=".unfinished-") as folder:
+            (Path(folder) / file).write_bytes(content)
+            os.replace(Path(folder) / file, raw_dir / file)  # whole or not at all
 
 
 def _make_digits() -> dict[str, bytes]:
-    """Return scikit-learn's 1,797 handwritten digits, 8×8 → 28×28, as IDX files; a stratified fifth is for testing."""
-    from sklearn.datasets import load_digits  # slow to import, and needed once
+    """Return scikit-learn's 1,797 digits, 8×8 → 28×28, as IDX files; a stratified fifth is for testing."""
+    from sklearn.datasets import load_digits  # slow to import, and needed only once
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -281,10 +266,7 @@ def _make_digits() -> dict[str, bytes]:
 
 
 def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
-    """Let torchvision download, and give up where no byte arrives for a while; return the content of the missing files.
-
-    torchvision opens its URLs without a timeout, and no socket timeout covers a name server that does not answer.
-    """
+    """Let torchvision download, and give up where no byte arrives for a while: it opens URLs without a timeout."""
     from torchvision import datasets  # takes as long to import as torch
 
     reason: list[str] = []
@@ -299,9 +281,7 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
     data_dir = raw_dir.parents[1]
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:
-        thread = threading.Thread(
-            target=download, daemon=True
-        )  # daemon: a hanging download must not keep us from ending
+        thread = threading.Thread(target=download, daemon=True)  # as a daemon it cannot keep us from ending
         thread.start()
         size, last_change = -1, time.monotonic()
         while thread.is_alive() and time.monotonic() - last_change < DOWNLOAD_STALL_SECONDS:

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from data_utils import Batches, cached_dataset, path_of, pixel_statistics, split
 
 EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are slower
-CHANNELS_LAST = torch.channels_last  # the layout in memory in which convolutions are faster
+CHANNELS_LAST = torch.channels_last  # the layout in which convolutions are faster
 State = dict[str, Any]  # state dicts of "model", "optimizer" and "scheduler"
 _one_at_a_time = threading.Lock()  # a process has one random generator and one number of threads
 
@@ -29,8 +29,7 @@ _one_at_a_time = threading.Lock()  # a process has one random generator and one 
 class Fit:
     """One model to train on some images and to evaluate on others, with all that its bits depend on.
 
-    `held_out` are the training images that a fold is evaluated on, as `data_utils.split` takes them; None is the final
-    fit. `data_digest` is the data set's, and `threads` how many the epoch is computed with.
+    `held_out` are the training images to evaluate on, as `data_utils.split` takes them; None makes it the final fit.
     """
 
     name: str
@@ -63,13 +62,10 @@ def train_loop(
     ----------
     dataloader : iterable of (images, labels)
         Float images (B, …) and int64 labels (B,), on the model's device.
-    model : nn.Module
-        Returns logits (B, classes).
-    loss_fn : callable
-        Takes logits and labels, returns the batch's mean loss.
-    optimizer : torch.optim.Optimizer
-    scheduler : LRScheduler, optional
-        Changes the learning rate after each batch.
+    model, loss_fn
+        From images to logits (B, classes), and from logits and labels to the batch's mean loss.
+    optimizer, scheduler
+        The scheduler, if there is one, changes the learning rate after each batch.
     precision : torch.dtype
         What the network is computed in: float32, or bfloat16 by autocast. Weights and loss are float32 in any case.
 
@@ -102,9 +98,7 @@ def test_loop(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     precision: torch.dtype = torch.float32,
 ) -> tuple[float, Tensor, Tensor]:
-    """Evaluate a model.
-
-    Takes what `train_loop` takes of the same name.
+    """Evaluate a model; what it takes is what `train_loop` takes of the same name.
 
     Returns
     -------
@@ -185,7 +179,10 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
                 metrics |= {"validation/loss": loss, "validation/accuracy": accuracy}
             if epoch == fit.epochs:
                 metrics["evaluation"] = loss, labels, probabilities
-        return _state_of(model, optimizer, scheduler), metrics
+        for values in optimizer.state.values():
+            values |= {name: value.cpu() for name, value in values.items()}
+        parts: dict[str, Any] = {"model": model.cpu(), "optimizer": optimizer, "scheduler": scheduler}
+        return {name: part.state_dict() for name, part in parts.items()}, metrics
 
 
 def _make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -197,33 +194,21 @@ def _make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> L
     return ConstantLR(optimizer, factor=1.0)
 
 
-def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> State:
-    for values in optimizer.state.values():
-        values |= {name: value.cpu() for name, value in values.items()}
-    return {
-        name: part.state_dict()
-        for name, part in {"model": model.cpu(), "optimizer": optimizer, "scheduler": scheduler}.items()
-    }
-
-
 def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
     """Go on from a state, with copies of its tensors that lie in memory as the model's parameters do.
 
-    Adam(fused=True) reads both as flat memory: in other layouts, as after a journey through Dask's serializer, it would
-    compute something else without a word.
+    Adam(fused=True) reads both as flat memory: in another layout, which Dask may send, it computes something else.
     """
-    for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler)):
-        part.load_state_dict(state[name])
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             values[name] = torch.empty_like(parameter if value.shape == parameter.shape else value).copy_(value)
 
 
 def build_network(model_class: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """Build a network as it is trained: on its device, and computing the same bits faster.
-
-    Its layers, their order and its state dict are those of ``model_class()``.
-    """
+    """Build a network as it is trained: on its device, and fast. Its layers and their order stay what they were."""
     model = model_class().to(device)
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         with torch.no_grad():  # lazy layers take their sizes from the first batch
@@ -256,9 +241,8 @@ def _forward_fast(self: nn.Sequential, images: Tensor) -> Tensor:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next batch's tensors: new pages may else take a third of the time.
-
-    The parameters are in the GNU C Library's manual, "Malloc Tunable Parameters". No other C library needs it.
+    """Let glibc keep freed memory for the next batch, where new pages may take a third of the time ("Malloc Tunable
+    Parameters" in its manual); no other C library needs it.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is smaller comes from the heap

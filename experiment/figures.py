@@ -20,7 +20,7 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
     """
     figures = {"learning_curves.png": _draw_learning_curves(result)} if result.folds else {}
     if result.final:
-        figures["per_class.png"] = _draw_per_class(result)
+        figures["per_class.png"] = _draw_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
         figures["mistakes.png"] = _draw_mistakes(result.mistakes)
     files = {}
@@ -83,16 +83,15 @@ def _draw_learning_curves(result: ExperimentResult) -> Figure:
     return figure
 
 
-def _draw_per_class(result: ExperimentResult) -> Figure:
-    assert result.final is not None
-    classes = sorted(result.final.classes, key=lambda name: result.final.report[name]["f1-score"])
+def _draw_per_class(folds: list[FitResult], final: FitResult) -> Figure:
+    classes = sorted(final.classes, key=lambda name: final.report[name]["f1-score"])
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(classes)), layout="constrained")
     plot = figure.subplots()
     for place, name in enumerate(classes):
-        scores = [fold.report[name]["f1-score"] for fold in result.folds]
+        scores = [fold.report[name]["f1-score"] for fold in folds]
         label = None if place else "each fold, on its own part"
         plot.plot(scores, [place] * len(scores), "o-", color=BLUE, alpha=0.6, markersize=5, label=label)
-        test = result.final.report[name]["f1-score"]
+        test = final.report[name]["f1-score"]
         plot.plot(test, place, "D", color=ORANGE, markersize=8, label=None if place else "final, on the test images")
         plot.annotate(f"{test:.3f}", (test, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
     plot.set_yticks(range(len(classes)), classes)

@@ -1,7 +1,7 @@
 """What this machine has: device, precision, cores, and how many fits train side by side on them."""
 
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -64,7 +64,7 @@ def describe_machine() -> dict[str, Any]:
     """Return what two runs of one configuration may differ in: time, machine and versions."""
     packages = ("torch", "torchvision", "scikit-learn", "wandb", "numpy")
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {joblib.cpu_count()} cores",
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }

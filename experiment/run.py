@@ -24,7 +24,8 @@ from experiment.machine import describe_machine, plan_workers, resolve_device, r
 from experiment.results import ExperimentResult, make_result
 from experiment.run_directory import RunDirectory, identify
 from experiment.settings import TrainingConfig
-from experiment.wandb_runs import WandbRuns, choose_mode
+from experiment.wandb_key import choose_mode
+from experiment.wandb_runs import WandbRuns
 from experiment.workers import ThisProcess, WorkerProcesses
 from train_utils import Fit, State, build_network, run_epoch, test_loop, train_loop
 

@@ -72,7 +72,8 @@ class TrainingConfig:
     @classmethod
     def wanted(cls) -> dict[str, str]:
         """Return what each setting can be, in words."""
-        return {field.name: field.default.description for field in fields(cls)}
+        described: dict[str, Any] = {field.name: field.default for field in fields(cls)}
+        return {name: field.description for name, field in described.items()}
 
     @classmethod
     def from_constants(cls, constants: Mapping[str, Any]) -> "TrainingConfig":

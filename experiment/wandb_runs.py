@@ -1,27 +1,21 @@
-"""Weights & Biases: where the key comes from, online or offline, the K + 1 runs and what is logged to them."""
+"""Weights & Biases: the K + 1 runs and what is logged to them."""
 
-import codecs
-import netrc
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
 import wandb
 
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here, say, warn
-from experiment.errors import ConfigurationError
 from experiment.results import ExperimentResult, FitResult
 from experiment.run_directory import RunDirectory
+from experiment.wandb_key import ask_server, server_url
 
-SERVER_TIMEOUT_SECONDS = 5
 FINISH_TIMEOUT_SECONDS = 30
 
 
@@ -36,11 +30,11 @@ class WandbRuns:
     mode, key : str
         As `choose_mode` returns them.
     config : dict
-        All settings as they shall be logged; "wandb_project_name" is used too.
+        All settings, as they shall be logged.
     fit_names : list of str
-        One run is opened for each; "final" gets the job type "final", all others "fold".
+        One run is opened for each.
     experiment : RunDirectory
-        Its name is the group, and it says with which ids the runs were opened if this is not the first attempt.
+        Names the group, and knows with which ids an earlier attempt opened the runs.
     """
 
     def __init__(
@@ -57,7 +51,7 @@ class WandbRuns:
         os.environ.setdefault("WANDB_SILENT", "true")  # we say ourselves where the runs go
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait for a server that is gone
         os.environ.setdefault("WANDB_HTTP_TIMEOUT", "10")
-        self._try(self._open_all)
+        self._try(lambda: None)  # opens them
 
     @property
     def ids(self) -> dict[str, str]:
@@ -197,10 +191,9 @@ def _log_fit(run: wandb.Run, result: FitResult) -> None:
     figures = ("precision", "recall", "f1-score")
     scalars = {f"{name}/{figure}": row[figure] for name, row in report.items() for figure in figures}
     run.summary.update(scalars | {"loss": result.loss, "accuracy": result.accuracy})
-    columns = ["class", *figures, "support"]
-    per_class = wandb.Table(
-        columns, [[name, *(report[name][column] for column in columns[1:])] for name in result.classes]
-    )
+    per_class = wandb.Table(columns=["class", *figures, "support"])
+    for name in result.classes:
+        per_class.add_data(name, *(report[name][figure] for figure in (*figures, "support")))
     confusion = [
         [true, predicted, images]
         for true, row in zip(result.classes, result.confusion, strict=True)
@@ -227,106 +220,3 @@ def _log_experiment(final: wandb.Run, result: ExperimentResult) -> None:
     model = wandb.Artifact(f"{result.run_dir.name}-model", type="model", metadata=metadata)
     model.add_file(str(result.run_dir / "model.pt"))
     final.log_artifact(model)
-
-
-def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
-    """Return the W&B mode ("online", "offline" or "disabled") and, where it is online, the API key.
-
-    The environment variable WANDB_MODE, W&B's own, wins over `mode`; "auto" is online with a key and offline without.
-
-    Raises
-    ------
-    ConfigurationError
-        If the mode is online and there is no key, what is there is no key, or the server refuses it; the message says
-        where it was found, never what it is.
-    """
-    mode = {"dryrun": "offline"}.get(asked := os.environ.get("WANDB_MODE") or mode, asked)
-    if mode not in ("auto", "online", "offline", "disabled"):
-        raise ConfigurationError(
-            f"the environment variable WANDB_MODE must be online, offline or disabled, got {mode!r}"
-        )
-    if mode in ("offline", "disabled"):
-        return mode, None
-    base_url = server_url()
-    key, source = find_api_key(key_path, base_url)
-    if key is None and mode == "online":
-        raise ConfigurationError(
-            f'WANDB_MODE is "online", but no API key is in the environment variable WANDB_API_KEY, in {key_path} '
-            'or in .netrc. Put your key into that file, or set WANDB_MODE = "offline".'
-        )
-    if key is None:
-        return "offline", None
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{40,}", key):
-        raise ConfigurationError(
-            f"{source} does not hold an API key: one is a word of 40 or more letters and digits, on a line of its own "
-            '(https://wandb.ai/authorize). Put yours there, or set WANDB_MODE = "offline".'
-        )
-    problem = ask_server(base_url, key)
-    if problem == "refused":
-        raise ConfigurationError(
-            f"W&B at {base_url} refuses the API key from {source}. Put the right one there "
-            '(https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
-        )
-    if problem:
-        warn(f"W&B: {base_url} does not answer as it should ({problem}), so this run is logged offline.")
-        return "offline", None
-    return "online", key
-
-
-def server_url() -> str:
-    """Return the server's address: W&B's own, unless WANDB_BASE_URL or W&B's settings file name another."""
-    return (os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).rstrip("/")
-
-
-def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
-    """Return the API key and where it was found: environment, key file, or what ``wandb login`` left.
-
-    Blank lines and lines that start with ``#`` in the key file do not count. Quotes around the key, ``WANDB_API_KEY=``
-    before it and the UTF-16 that PowerShell writes are no part of it.
-
-    Raises
-    ------
-    ConfigurationError
-        If there is a key file that cannot be read.
-    """
-    if key := _bare(os.environ.get("WANDB_API_KEY", "")):
-        return key, "the environment variable WANDB_API_KEY"
-    if key_path.exists():
-        try:
-            content = key_path.read_bytes()
-        except OSError as error:
-            raise ConfigurationError(f"WANDB_API_KEY_PATH: {key_path} cannot be read ({error.strerror})") from None
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = content.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
-        if key := next((_bare(line) for line in lines if _bare(line) and not line.strip().startswith("#")), None):
-            return key, str(key_path)
-    home = Path("~").expanduser()
-    for path in [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [home / ".netrc", home / "_netrc"]:
-        try:
-            entry = netrc.netrc(path).authenticators(urlsplit(base_url).hostname or "")
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if entry and entry[2]:
-            return entry[2], str(path)
-    return None, ""
-
-
-def _bare(line: str) -> str:
-    """Return the key of a line that may be an assignment of it."""
-    return re.sub(r"^(export |set |\$env:)?\s*WANDB_API_KEY\s*=", "", line.strip()).strip(" \t\"';")
-
-
-def ask_server(base_url: str, key: str) -> str | None:
-    """Return None if the server knows the key, "refused" if it refuses it, else what is wrong with the server."""
-    try:
-        answer = requests.post(
-            f"{base_url}/graphql",
-            json={"query": "query Viewer { viewer { id } }"},
-            auth=("api", key),
-            timeout=SERVER_TIMEOUT_SECONDS,
-        )
-    except requests.RequestException as error:
-        return type(error).__name__
-    if answer.status_code in (401, 403):
-        return "refused"
-    return None if answer.status_code == 200 else f"HTTP status {answer.status_code}"

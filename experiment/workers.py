@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import cloudpickle
 
@@ -108,13 +108,13 @@ def _bury(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _send(pipe: BinaryIO, message: bytes) -> None:
+def _send(pipe: IO[bytes], message: bytes) -> None:
     pipe.write(len(message).to_bytes(8))
     pipe.write(message)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO) -> bytes:
+def _receive(pipe: IO[bytes]) -> bytes:
     """Return the next message; raise EOFError where the other end was closed before it was whole."""
     header = pipe.read(8)
     size = int.from_bytes(header)
