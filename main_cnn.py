@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from experiment.errors import user_errors
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
-from experiment.settings import TrainingConfig
+from experiment.settings import TrainingConfig, read_command_line
 from models import ConvolutionalNeuralNetwork
 
 # What is computed
@@ -44,4 +44,5 @@ def main(executor: Executor | None = None) -> ExperimentResult:
 
 
 if __name__ == "__main__":
+    globals().update(read_command_line(globals(), __doc__))
     main()

@@ -48,7 +48,8 @@ class Progress:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ Biases, the bar, a figure, the terminal) costs a line of warning.
 """
 
 import io
+import logging
 import signal
 import sys
 import threading
@@ -28,7 +29,9 @@ def _quiet_ctrl_c(kind: type[BaseException], error: BaseException, trace: Any) -
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _quiet_ctrl_c  # for as long as PyTorch is loading, and user_errors not yet there to answer
+# Both are for the seconds in which PyTorch and the others are loading, before user_errors can answer to anything.
+sys.excepthook = _quiet_ctrl_c
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home directory that cannot be written
 
 
 @contextmanager
@@ -57,14 +60,17 @@ def user_errors() -> Iterator[None]:
 
 
 def _handle_signals() -> dict[int, Any]:
-    """Let SIGTERM end the run as Ctrl-C does; return the handlers that were there (none outside the main thread)."""
+    """Let SIGTERM and the end of the terminal end the run as Ctrl-C does; return the handlers that were there."""
     if threading.current_thread() is not threading.main_thread():
-        return {}
+        return {}  # no other may set any
 
     def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    return {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, interrupt) for number in numbers}
 
 
 def _fail(status: int, message: str) -> None:

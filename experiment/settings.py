@@ -1,15 +1,17 @@
-"""The settings of a run: every constant of the entry scripts, checked."""
+"""The settings of a run: every constant of the entry scripts, checked; and the command line that changes them."""
 
-from collections.abc import Callable, Mapping
+import argparse
+import ast
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
 from pydantic import Field, StrictInt
 from pydantic_core import PydanticCustomError
 
-from experiment.errors import ConfigurationError
+from experiment.errors import ConfigurationError, user_errors
 from experiment.machine import device_is_here
 
 
@@ -99,3 +101,41 @@ class TrainingConfig:
 
 def _is_path(path: Any) -> bool:
     return isinstance(path, (str, Path)) and bool(str(path).strip()) and "\0" not in str(path)
+
+
+def read_command_line(
+    constants: Mapping[str, Any], description: str | None, arguments: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the constants that the command line sets, as in ``python main_cnn.py --epochs 3 --lr-schedule=constant``.
+
+    Parameters
+    ----------
+    constants : mapping
+        The script's constants: each is an option of the same name, and the default.
+    description : str
+        What ``--help`` says of the script.
+    arguments : sequence of str, optional
+        Instead of those that the process was started with.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    for name, wanted in TrainingConfig.wanted().items():
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        text = f"{wanted} (default: {constants.get(name.upper())!r})".replace("%", "%%")
+        parser.add_argument(*flags, dest=name, metavar="VALUE", help=text, default=argparse.SUPPRESS)
+    with user_errors():
+        given = vars(parser.parse_args(arguments))
+    texts = {field.name for field in fields(TrainingConfig) if field.type in (str, str | Path)}
+    return {name.upper(): value if name in texts else _literal(value) for name, value in given.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (--help lists the options)")
+
+
+def _literal(text: str) -> Any:
+    """Return the number or the truth value that a text stands for, or the text."""
+    try:
+        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,5 +1,6 @@
 """Weights & Biases: the K + 1 runs and what is logged to them."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -45,6 +46,8 @@ class WandbRuns:
         self._runs: dict[str, wandb.Run] = {}
         self._finished = False
         folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder if os.access(folder, os.W_OK) else experiment.path  # W&B would take a temporary one
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # else it writes in the user's home
             os.environ.setdefault(variable, str(self._folder / "wandb" / ".wandb"))
