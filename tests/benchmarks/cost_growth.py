@@ -6,24 +6,13 @@ and how far from it the farthest is, and the most memory a worker took.
 """
 
 import contextlib
-import io
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import joblib
 import numpy as np
 import psutil
-from joblib.externals.loky import get_reusable_executor
-
-import main_cnn
-from models import ConvolutionalNeuralNetwork
-from tests.benchmarks.training_speed import write_fewer
-from train_utils import TrainingConfig, run_experiment
+from common import seconds_of_a_run
 
 IMAGES = 10_000
 
@@ -41,21 +30,9 @@ class WorkerMemory(threading.Thread):
         while True:
             for child in psutil.Process().children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "loky" in " ".join(child.cmdline()):
+                    if "experiment.workers" in " ".join(child.cmdline()):
                         self.most = max(self.most, child.memory_info().rss)
             time.sleep(0.5)
-
-
-def seconds(images: int, **constants: object) -> float:
-    """Return the wall time of one run."""
-    get_reusable_executor().shutdown(wait=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        write_fewer(images, Path(folder) / "data")
-        changes = {"DATA_DIR": f"{folder}/data", "RUNS_DIR": folder, "WANDB_MODE": "disabled", "EPOCHS": 2} | constants
-        config = TrainingConfig.from_constants(vars(main_cnn) | changes)
-        start = time.perf_counter()
-        run_experiment(ConvolutionalNeuralNetwork, config)
-        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -70,7 +47,9 @@ def main() -> None:
     }.items():
         runs = []
         for value in values:
-            runs.append(seconds(value) if name == "training images" else seconds(IMAGES, **{name: value}))
+            images = value if name == "training images" else IMAGES
+            varied = {} if name == "training images" else {name: value}
+            runs.append(seconds_of_a_run(images, **{"EPOCHS": 2, "WANDB_MODE": "disabled"} | varied))
             print(f"{name:<16}{value:>7}{runs[-1]:>9.1f} s", flush=True)
         if name != "WORKERS":
             slope, start = np.polyfit(values, runs, 1)

@@ -1,27 +1,23 @@
 """What a full run spends on anything but training steps: ``python tests/benchmarks/time_outside_steps.py``.
 
-Runs main_cnn.py as it is (about 15 minutes on two cores), with a network that takes the time from the start of each
-forward pass in training to the end of the optimizer's step. What is left of workers × wall time is start-up, reading,
-batches, the folds' validation, the test, checkpoints, logging, figures, and workers waiting for each other. The results
-of the run are as ever and stay in RUNS_DIR.
+Runs main_cnn.py as it is, with a network that takes the time from the start of each forward pass in training to the end
+of the optimizer's step. What is left of workers × wall time is start-up, reading, batches, the folds' validation, the
+test, checkpoints, logging, figures, and workers waiting for each other. The results of the run are as ever and stay in
+RUNS_DIR.
 """
 
 import os
 import struct
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from common import config_of, main_cnn, run_experiment
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import main_cnn
 import models
-from train_utils import TrainingConfig, run_experiment
 
 LOG = "TIME_OUTSIDE_STEPS_LOG"  # names the file that worker processes append the seconds of each step to
 
@@ -29,19 +25,19 @@ LOG = "TIME_OUTSIDE_STEPS_LOG"  # names the file that worker processes append th
 class ConvolutionalNeuralNetwork(models.ConvolutionalNeuralNetwork):
     """The network of main_cnn.py, with a clock."""
 
+    hook: Any = None  # only the newest network's is in force
+
     def __init__(self) -> None:
         super().__init__()
         self.start = 0.0
-        if LOG in os.environ:
-            file = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        file = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-            def after_step(*_arguments: Any) -> None:
-                os.write(file, struct.pack("d", time.perf_counter() - self.start))
+        def after_step(*_arguments: Any) -> None:
+            os.write(file, struct.pack("d", time.perf_counter() - self.start))
 
-            handle = register_optimizer_step_post_hook(after_step)
-            for earlier in _hooks:
-                earlier.remove()
-            _hooks[:] = [handle]
+        if type(self).hook is not None:
+            type(self).hook.remove()
+        type(self).hook = register_optimizer_step_post_hook(after_step)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
@@ -50,17 +46,12 @@ class ConvolutionalNeuralNetwork(models.ConvolutionalNeuralNetwork):
         return super().forward(images)
 
 
-_hooks: list[Any] = []  # only the newest network's is in force
-
-
 def main() -> None:
     """Run, measure and print."""
-    from tests.benchmarks.time_outside_steps import ConvolutionalNeuralNetwork  # workers cannot import from __main__
-
     with tempfile.TemporaryDirectory() as folder:
         os.environ[LOG] = f"{folder}/steps"
         start = time.perf_counter()
-        result = run_experiment(ConvolutionalNeuralNetwork, TrainingConfig.from_constants(vars(main_cnn)))
+        result = run_experiment(ConvolutionalNeuralNetwork, config_of(main_cnn))
         wall = (time.perf_counter() - start) * result.environment["workers"]
         content = Path(os.environ[LOG]).read_bytes()
     in_steps = sum(value for (value,) in struct.iter_unpack("d", content))

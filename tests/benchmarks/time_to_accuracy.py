@@ -8,25 +8,21 @@ were chosen by the folds alone: ``python tests/benchmarks/recipes.py --epochs 3 
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from dataclasses import replace
 
 import joblib
 import torch
+from common import fits_of, in_fresh_process, main_cnn, test_figures, train
+from seeds import SEEDS
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-import main_cnn
-from data_utils import load_dataset
+from data_utils import path_of
 from models import ConvolutionalNeuralNetwork
-from tests.benchmarks.seeds import SEEDS
-from tests.benchmarks.training_speed import UsualNetwork, in_fresh_process
-from train_utils import PROJECT_DIR, Fit, TrainingConfig, resolve_precision, run_epoch, test_loop, train_loop
+from train_utils import test_loop, train_loop
 
 REFERENCE_ACCURACY = 0.9184  # and its settings: 10 epochs, batches of 64, Adam with learning rate 0.001
 SHORT = {"EPOCHS": 3, "BATCH_SIZE": 128, "LEARNING_RATE": 0.005, "LR_SCHEDULE": "one_cycle"}
@@ -35,29 +31,22 @@ SHORT = {"EPOCHS": 3, "BATCH_SIZE": 128, "LEARNING_RATE": 0.005, "LR_SCHEDULE": 
 def tutorial_accuracy(seed: int) -> float:
     """Train and test as PyTorch's tutorials do; return the test accuracy."""
     torch.manual_seed(seed)
-    train, test = (
-        datasets.FashionMNIST(str(PROJECT_DIR / main_cnn.DATA_DIR), train=part, transform=transforms.ToTensor())
+    train_set, test_set = (
+        datasets.FashionMNIST(str(path_of(main_cnn.DATA_DIR)), train=part, transform=transforms.ToTensor())
         for part in (True, False)
     )
-    model, loss_fn = UsualNetwork(), nn.CrossEntropyLoss()
+    model, loss_fn = ConvolutionalNeuralNetwork(), nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     for _ in range(10):
-        train_loop(DataLoader(train, batch_size=64, shuffle=True), model, loss_fn, optimizer)
-    _, labels, probabilities = test_loop(DataLoader(test, batch_size=64), model, loss_fn)
+        train_loop(DataLoader(train_set, batch_size=64, shuffle=True), model, loss_fn, optimizer)
+    _, labels, probabilities = test_loop(DataLoader(test_set, batch_size=64), model, loss_fn)
     return (probabilities.argmax(1) == labels).double().mean().item()
 
 
 def project_accuracy(seed: int) -> float:
     """Train and test the final fit of main_cnn.py with the settings in SHORT; return the test accuracy."""
-    config = TrainingConfig.from_constants(vars(main_cnn) | SHORT | {"RNG_SEED": seed})
-    digest = load_dataset(config.dataset, PROJECT_DIR / config.data_dir).digest()
-    precision = resolve_precision(config.precision, "cpu")
-    fit = Fit("final", None, ConvolutionalNeuralNetwork, "cpu", precision, joblib.cpu_count(), digest)
-    state = None
-    for epoch in range(1, config.epochs + 1):
-        state, metrics = run_epoch(config, fit, epoch, state)
-    _, labels, probabilities = metrics["evaluation"]
-    return (probabilities.argmax(1) == labels).double().mean().item()
+    final = fits_of(RNG_SEED=seed, **SHORT)[0]
+    return test_figures(train(replace(final, threads=joblib.cpu_count())))[0]
 
 
 def timed(accuracy_of: Callable[[int], float], seed: int) -> tuple[float, float]:
@@ -69,7 +58,7 @@ def timed(accuracy_of: Callable[[int], float], seed: int) -> tuple[float, float]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="how many, at least 2")
     seeds = SEEDS[: parser.parse_args().seeds]
     print("seed   (a) tutorial's loop     (b) this project       (a) / (b)")

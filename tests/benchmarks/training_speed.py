@@ -6,58 +6,31 @@ with ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` o
 Prints medians with the lowest and the highest, their share of the machine's matrix-product rate, and the ratios.
 (b)'s worker processes are started before its clock is, (c)'s are not; so (a) and (b) lose nothing by getting fewer
 images. (a) runs in a fresh process, as a script would, before each of the others, and is averaged, since it is short
-and machines drift. In (a) and (b) the network computes its layers in the order in which they are listed, as it is
-usually written.
+and machines drift.
 """
 
 import argparse
-import contextlib
-import io
-import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import joblib
 import numpy as np
 import skorch
 import torch
-from joblib.externals.loky import get_reusable_executor
+from common import in_fresh_process, load_dataset, main_cnn, path_of, seconds_of_a_run
 from sklearn.model_selection import StratifiedKFold, cross_validate
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-import main_cnn
-from data_utils import load_dataset
 from models import ConvolutionalNeuralNetwork
-from train_utils import PROJECT_DIR, TrainingConfig, run_experiment, train_loop
+from train_utils import train_loop
 
 FLOP_PER_IMAGE = 38.4e6  # forward and backward, counted from the layers
 MATRIX = 2048
 TUTORIAL_IMAGES, SKORCH_IMAGES = 12_000, 20_000
-
-
-class UsualNetwork(ConvolutionalNeuralNetwork):
-    """The same network with the forward pass that people write."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, 10) of a batch of images."""
-        return self.fc_stack(self.conv_stack(images))
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what the function returns in a process in which nothing ran before, as in a script of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -73,8 +46,8 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def tutorial_rate(images: int) -> float:
     """Return the images per second of the tutorials' loop, after a warm-up."""
-    dataset = datasets.FashionMNIST(str(PROJECT_DIR / main_cnn.DATA_DIR), transform=transforms.ToTensor())
-    model, loss_fn = UsualNetwork(), nn.CrossEntropyLoss()
+    dataset = datasets.FashionMNIST(str(path_of(main_cnn.DATA_DIR)), transform=transforms.ToTensor())
+    model, loss_fn = ConvolutionalNeuralNetwork(), nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=main_cnn.LEARNING_RATE)
     for count in (1000, images):
         start = time.perf_counter()
@@ -85,10 +58,10 @@ def tutorial_rate(images: int) -> float:
 
 def skorch_rate(images: int) -> float:
     """Return the images trained on per second of skorch under scikit-learn's cross_validate, one epoch a fold."""
-    train_images, train_labels, *_ = load_dataset("FashionMNIST", PROJECT_DIR / main_cnn.DATA_DIR)
+    train_images, train_labels, *_ = load_dataset("FashionMNIST", path_of(main_cnn.DATA_DIR))
     x, y = (train_images[:images].unsqueeze(1).float() / 255).numpy(), train_labels[:images].numpy()
     network = skorch.NeuralNetClassifier(
-        UsualNetwork,
+        ConvolutionalNeuralNetwork,
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.Adam,
         lr=main_cnn.LEARNING_RATE,
@@ -106,29 +79,10 @@ def skorch_rate(images: int) -> float:
     return images * (main_cnn.FOLDS - 1) / (time.perf_counter() - start)
 
 
-def project_rate(precision: str, data_dir: Path, images: int, epochs: int = 3) -> float:
+def project_rate(precision: str, images: int, epochs: int = 3) -> float:
     """Return the images trained on per second of a whole small run, from nothing to its last file."""
-    get_reusable_executor().shutdown(wait=True)  # so that starting processes is on the clock
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        os.environ["WANDB_DIR"] = folder
-        changes = {"EPOCHS": epochs, "PRECISION": precision, "DATA_DIR": data_dir, "RUNS_DIR": folder}
-        config = TrainingConfig.from_constants(vars(main_cnn) | changes | {"WANDB_MODE": "offline"})
-        start = time.perf_counter()
-        run_experiment(ConvolutionalNeuralNetwork, config)
-        seconds = time.perf_counter() - start
+    seconds = seconds_of_a_run(images, EPOCHS=epochs, PRECISION=precision, WANDB_MODE="offline")
     return images * main_cnn.FOLDS * epochs / seconds  # K folds of (K - 1) / K of the images, and all of them once
-
-
-def write_fewer(images: int, data_dir: Path) -> None:
-    """Write Fashion-MNIST with only the first of its training images."""
-    source, raw = PROJECT_DIR / main_cnn.DATA_DIR / "FashionMNIST" / "raw", data_dir / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in source.glob("*-ubyte"):
-        content = path.read_bytes()
-        if path.name.startswith("train"):
-            header, size = (16, 784) if "images" in path.name else (8, 1)
-            content = content[:4] + images.to_bytes(4, "big") + content[8 : header + images * size]
-        (raw / path.name).write_bytes(content)
 
 
 def main() -> None:
@@ -138,22 +92,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000, help="training images of (c)")
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as data_dir:
-        write_fewer(arguments.images, Path(data_dir))
-        for repeat in range(arguments.repeats):
-            bursts = []
-            for name, measure in {
-                "matrix product, float32": lambda: matrix_rate(torch.float32) / FLOP_PER_IMAGE,
-                "matrix product, bfloat16": lambda: matrix_rate(torch.bfloat16) / FLOP_PER_IMAGE,
-                "(b) skorch, cross_validate": lambda: skorch_rate(SKORCH_IMAGES),
-                "(c) this project, float32": lambda: project_rate("float32", Path(data_dir), arguments.images),
-                "(c) this project, bfloat16": lambda: project_rate("bfloat16", Path(data_dir), arguments.images),
-            }.items():
-                bursts.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
-                rates.setdefault(name, []).append(measure())
-                done = f"(a) {bursts[-1]:.0f}, {name} {rates[name][-1]:.0f}"
-                print(f"  repeat {repeat + 1}: {done}", file=sys.stderr, flush=True)
-            rates.setdefault("(a) tutorial's loop", []).append(statistics.fmean(bursts))
+    for repeat in range(arguments.repeats):
+        bursts = []
+        measures: dict[str, Callable[[], float]] = {
+            "matrix product, float32": lambda: matrix_rate(torch.float32) / FLOP_PER_IMAGE,
+            "matrix product, bfloat16": lambda: matrix_rate(torch.bfloat16) / FLOP_PER_IMAGE,
+            "(b) skorch, cross_validate": lambda: skorch_rate(SKORCH_IMAGES),
+            "(c) this project, float32": lambda: project_rate("float32", arguments.images),
+            "(c) this project, bfloat16": lambda: project_rate("bfloat16", arguments.images),
+        }
+        for name, measure in measures.items():
+            bursts.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
+            rates.setdefault(name, []).append(measure())
+            done = f"(a) {bursts[-1]:.0f}, {name} {rates[name][-1]:.0f}"
+            print(f"  repeat {repeat + 1}: {done}", file=sys.stderr, flush=True)
+        rates.setdefault("(a) tutorial's loop", []).append(statistics.fmean(bursts))
     print(f"{'':<30}images/s: median (lowest, highest)   GFLOP/s   share of its matrix product")
     for name, values in sorted(rates.items()):
         peak = rates["matrix product, " + ("bfloat16" if "bfloat16" in name else "float32")]
