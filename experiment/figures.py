@@ -31,8 +31,9 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
     return files
 
 
-def report_text(result: ExperimentResult, figures: Iterable[str]) -> str:
-    """Return report.md, which shows the figures of these names."""
+def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str]) -> str:
+    """Return report.md, which says how the run compares with an earlier one and shows the figures of these names."""
+    compared = f"\n```\n{comparison}\n```\n" if comparison else ""
     pictures = "".join(f"![{name}]({name})\n\n" for name in figures)
     environment = json.dumps(result.environment, indent=2, ensure_ascii=False)
     return f"""# {result.run_dir.name}
@@ -40,7 +41,7 @@ def report_text(result: ExperimentResult, figures: Iterable[str]) -> str:
 ```
 {summary_text(result)}
 ```
-
+{compared}
 {pictures}## Environment
 
 ```json

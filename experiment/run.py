@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from data_utils import Dataset, load_dataset, path_of
+from experiment.compare import compare_with_newest
 from experiment.console import Progress, path_from_here, say, summary_text, warn
 from experiment.errors import ConfigurationError, RunError, beside_the_run, end_traceback_outside
 from experiment.figures import draw_figures, report_text
@@ -88,9 +89,13 @@ def run_experiment(
         figures: dict[str, bytes] = {}
         with beside_the_run("the figures"):
             figures = draw_figures(result)
+        comparison = ""
+        with beside_the_run("a comparison"):
+            comparison = compare_with_newest(run_dir.path, result.to_dict(), identity)
+        say(f"\n{comparison}" if comparison else "")
         for file, content in figures.items():
             run_dir.save(file, content)
-        run_dir.save("report.md", report_text(result, figures).encode())
+        run_dir.save("report.md", report_text(result, comparison, figures).encode())
         runs.log_results(result)
         run_dir.finish(result.to_dict())
     worth_opening = [path_from_here(run_dir.path / file) for file in ("report.md", *figures)]

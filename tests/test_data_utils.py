@@ -1,4 +1,4 @@
-"""Data sets: where they come from, what is refused as damaged, and how they become batches and folds."""
+"""Data sets: where they come from, what is refused as damaged, and how they become batches and parts."""
 
 import gzip
 import hashlib
@@ -12,19 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.model_selection import StratifiedKFold
+from conftest import DATA_DIR
 from torchvision import datasets
 
 import data_utils
-from data_utils import Batches, Dataset, DatasetError, folds_problem, load_dataset, pixel_statistics, split
+from data_utils import Batches, Dataset, DatasetError, load_dataset, pixel_statistics, split
 
 CPU = torch.device("cpu")
+
+
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data_utils.FILE_KINDS
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_dataset("Digits", "unused")
+    return load_dataset("Digits", DATA_DIR)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -56,12 +58,12 @@ def assert_same(first: Dataset, second: Dataset) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
 
 
-def test_digits_are_bytes_of_28_by_28_pixels_with_a_fixed_split(digits: Dataset) -> None:
+def test_digits_are_bytes_of_28_by_28_pixels_with_a_fixed_split(digits: Dataset, tmp_path: Path) -> None:
     assert digits.train_images.shape == (1437, 28, 28) and digits.test_images.shape == (360, 28, 28)
     assert digits.train_images.dtype == torch.uint8 and digits.train_labels.dtype == torch.int64
     assert digits.train_images.min() == 0 and digits.train_images.max() > 240
     assert digits.class_names == list("0123456789")
-    assert load_dataset("Digits", "elsewhere").digest() == digits.digest()
+    assert load_dataset("Digits", tmp_path).digest() == digits.digest()
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
@@ -332,67 +334,30 @@ def test_images_of_one_grey_are_divided_by_one(grey: int) -> None:
     assert pixel_statistics(torch.full((3, 28, 28), grey, dtype=torch.uint8)) == (grey / 255, 1.0)
 
 
-def numbered(labels: list[int]) -> Dataset:
-    """Return a data set whose images are their own numbers."""
-    images = torch.arange(len(labels)).to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)
-    return Dataset(images, torch.tensor(labels), images, torch.tensor(labels), ["a", "b", "c"])
-
-
-def parts_held_out(dataset: Dataset, folds: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [split(dataset, folds, fold, 7)[1] for fold in range(folds)]
-
-
-def test_folds_cover_every_training_image_once() -> None:
-    numbers = torch.cat([images[:, 0, 0] for images, _ in parts_held_out(numbered([0, 1, 2] * 20), 4)])
-    assert torch.equal(numbers.sort().values.long(), torch.arange(60))
-
-
-def test_a_fold_trains_on_all_images_but_its_own() -> None:
-    (trained_on, _), (kept_back, _) = split(numbered([0, 1, 2] * 20), 4, 2, 7)
-    assert sorted(torch.cat([trained_on, kept_back])[:, 0, 0].tolist()) == list(range(60))
-
-
-def test_folds_hold_each_class_in_the_same_share() -> None:
-    counts = [labels.bincount().tolist() for _, labels in parts_held_out(numbered([0] * 40 + [1] * 20 + [2] * 8), 4)]
-    assert counts == [[10, 5, 2]] * 4
-
-
-def test_another_seed_makes_other_folds() -> None:
-    dataset = numbered([0, 1, 2] * 20)
-    assert not torch.equal(split(dataset, 4, 0, 1)[1][0], split(dataset, 4, 0, 2)[1][0])
-
-
-def test_folds_are_scikit_learns_stratified_ones(digits: Dataset) -> None:
-    splitter = StratifiedKFold(5, shuffle=True, random_state=7)
-    expected = list(splitter.split(np.zeros(len(digits.train_labels)), digits.train_labels))
-    for fold, (train, held_out) in enumerate(expected):
-        (images, labels), (other_images, other_labels) = split(digits, 5, fold, 7)
-        assert torch.equal(images, digits.train_images[train]) and torch.equal(labels, digits.train_labels[train])
-        assert torch.equal(other_images, digits.train_images[held_out])
-        assert torch.equal(other_labels, digits.train_labels[held_out])
+def test_what_is_held_out_is_evaluated_on_and_the_rest_is_trained_on(digits: Dataset) -> None:
+    held = np.random.default_rng(0).random(len(digits.train_labels)) < 0.3
+    (images, labels), (other_images, other_labels) = split(digits, np.packbits(held).tobytes())
+    assert torch.equal(images, digits.train_images[~held]) and torch.equal(labels, digits.train_labels[~held])
+    assert torch.equal(other_images, digits.train_images[held])
+    assert torch.equal(other_labels, digits.train_labels[held])
 
 
 def test_the_final_fit_trains_on_all_and_is_tested_on_the_test_images(digits: Dataset) -> None:
-    (images, _), (test_images, _) = split(digits, 5, None, 7)
+    (images, _), (test_images, _) = split(digits, None)
     assert images is digits.train_images and test_images is digits.test_images
 
 
-def test_more_folds_than_images_of_a_class_are_a_problem(digits: Dataset) -> None:
-    smallest = int(digits.train_labels.bincount().min())
-    assert folds_problem(digits, smallest) is None
-    assert "FOLDS must be at most" in str(folds_problem(digits, smallest + 1))
+def test_digits_are_kept_as_idx_files_and_read_from_there(tmp_path: Path, digits: Dataset) -> None:
+    load_dataset("Digits", tmp_path)
+    for name, content in idx_files(digits).items():
+        assert (tmp_path / "Digits" / "raw" / name).read_bytes() == content
 
 
-def test_the_problem_with_the_folds_names_the_smallest_class() -> None:
-    assert "3, the training images of the smallest class (b), got 4" in str(
-        folds_problem(numbered([0] * 9 + [1] * 3), 4)
-    )
+def test_digits_load_where_nothing_can_be_written(tmp_path: Path, digits: Dataset) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert_same(load_dataset("Digits", tmp_path / "file"), digits)
 
 
-def test_folds_that_leave_one_image_to_train_on_are_a_problem() -> None:
-    assert "FOLDS must leave at least 2 images" in str(folds_problem(numbered([0, 0]), 2))
-
-
-@pytest.mark.parametrize("folds", [10**19, 10**30])
-def test_folds_beyond_64_bits_are_a_problem(digits: Dataset, folds: int) -> None:
-    assert "FOLDS must be at most" in str(folds_problem(digits, folds))
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_the_class_names_are_torchvisions(name: str) -> None:
+    assert data_utils.CLASS_NAMES[name].split(", ") == getattr(datasets, name).classes

