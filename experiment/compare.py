@@ -25,10 +25,10 @@ from scipy import stats
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here
 from experiment.errors import ConfigurationError, user_errors
+from experiment.figures import BLUE, ORANGE
 from experiment.run_directory import save_atomically
 
 SAME_IMAGES = ("dataset", "data", "folds", "rng_seed")  # what makes the folds of two runs the same images
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
 
 
 class Run(NamedTuple):

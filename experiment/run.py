@@ -92,7 +92,8 @@ def run_experiment(
         comparison = ""
         with beside_the_run("a comparison"):
             comparison = compare_with_newest(run_dir.path, result.to_dict(), identity)
-        say(f"\n{comparison}" if comparison else "")
+        if comparison:
+            say(f"\n{comparison}")
         for file, content in figures.items():
             run_dir.save(file, content)
         run_dir.save("report.md", report_text(result, comparison, figures).encode())
