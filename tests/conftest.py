@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DATA_DIR = REPOSITORY / "data"
 FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
 SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
-SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6, "WORKERS": 2}
+SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
 
 
@@ -85,10 +85,13 @@ def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.fixture
 def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
-    """Return a function that sets constants of a script for this test; what it leaves out makes a small, quiet run."""
+    """Return a function that sets constants of a script for this test; what it leaves out makes a small, quiet run.
+
+    One worker, which is this process, is the quickest for so small a run.
+    """
 
     def configure(script: ModuleType, **constants: Any) -> ModuleType:
-        for name, value in (SMALL | {"RUNS_DIR": tmp_path / "runs"} | constants).items():
+        for name, value in (SMALL | {"RUNS_DIR": tmp_path / "runs", "WORKERS": 1} | constants).items():
             monkeypatch.setattr(script, name, value)
         return script
 

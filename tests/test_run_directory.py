@@ -82,7 +82,7 @@ def test_a_run_that_is_not_identical_starts_anew(
     assert not (unfinished / "results.json").exists()
 
 
-@pytest.mark.parametrize("change", [{"WORKERS": 1}, {"WANDB_PROJECT_NAME": "other"}, {"DATA_DIR": "elsewhere"}])
+@pytest.mark.parametrize("change", [{"WORKERS": 2}, {"WANDB_PROJECT_NAME": "other"}, {"DATA_DIR": "data/elsewhere"}])
 def test_how_many_workers_there_are_and_where_it_is_logged_does_not_matter(
     change: dict[str, Any], unfinished: Path, configure: Configure, tmp_path: Path
 ) -> None:

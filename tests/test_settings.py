@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import main_cnn
 import main_tutorial
-from experiment.settings import TrainingConfig
+from experiment.settings import TrainingConfig, read_command_line
 
 ORDER = (
     "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE RNG_SEED DEVICE PRECISION WORKERS RESUME "
@@ -155,3 +155,27 @@ def test_the_configuration_cannot_be_changed() -> None:
     config = TrainingConfig.from_constants(vars(main_cnn))
     with pytest.raises(AttributeError):
         config.epochs = 1  # ty: ignore
+
+
+@pytest.mark.parametrize(
+    ("text", "constant"),
+    [
+        ("--epochs=3", {"EPOCHS": 3}),
+        ("--learning_rate=1e-4", {"LEARNING_RATE": 0.0001}),
+        ("--learning-rate=1", {"LEARNING_RATE": 1}),
+        ("--resume=False", {"RESUME": False}),
+        ("--resume=true", {"RESUME": True}),
+        ("--workers=auto", {"WORKERS": "auto"}),
+        ("--wandb-project-name=12", {"WANDB_PROJECT_NAME": "12"}),
+        ("--data_dir=7", {"DATA_DIR": "7"}),
+        ("", {}),
+    ],
+)
+def test_the_command_lines_texts_become_values(text: str, constant: dict[str, Any]) -> None:
+    assert read_command_line(vars(main_cnn), None, text.split()) == constant
+
+
+def test_every_constant_is_an_option_with_underscores_or_hyphens() -> None:
+    for name in ORDER:
+        for option in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
+            assert read_command_line({}, None, [option, "x"]) == {name: "x"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, make_fit
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -183,7 +183,11 @@ def test_any_network_of_sequentials_gives_the_bits_of_its_plain_forward(
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
     built = build_network(lambda: copy.deepcopy(network), CPU)
     batch = torch.randn(images, 1, 28, 28)
-    ours, theirs = (logits_and_gradients(each, batch, precision) for each in (built, plain))
+    try:
+        theirs = logits_and_gradients(plain, batch, precision)
+    except RuntimeError:
+        reject()  # PyTorch trains no ReLU in place behind another ReLU
+    ours = logits_and_gradients(built, batch, precision)
     assert len(ours) == len(theirs)
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     for each in (built, plain):
