@@ -72,8 +72,8 @@ def _draw_learning_curves(result: ExperimentResult) -> Figure:
             if part == "train" and result.final:
                 final = [epoch[f"train/{quantity}"] for epoch in result.final.history]
                 plot.plot(epochs, final, color="black", linestyle="--", linewidth=1.2, label="final, on all images")
-            plot.set_title("on the images trained on" if part == "train" else "on the fold held out (validation)")
-            plot.set_ylabel(f"{quantity} ({unit})")
+            title = "on the images trained on" if part == "train" else "on the fold held out (validation)"
+            plot.set(title=title, ylabel=f"{quantity} ({unit})")
             plot.tick_params(labelleft=True)
             plot.grid(alpha=0.3)
             plot.legend()
@@ -96,10 +96,8 @@ def _draw_per_class(folds: list[FitResult], final: FitResult) -> Figure:
         plot.plot(test, place, "D", color=ORANGE, markersize=8, label=None if place else "final, on the test images")
         plot.annotate(f"{test:.3f}", (test, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
     plot.set_yticks(range(len(classes)), classes)
-    plot.set_ylim(-0.6, len(classes) - 0.3)
-    plot.set_ylabel("class")
-    plot.set_xlabel("F1 score (1 is best)")
-    plot.set_title("How well each class is recognised")
+    plot.set(ylim=(-0.6, len(classes) - 0.3), title="How well each class is recognised")
+    plot.set(xlabel="F1 score (1 is best)", ylabel="class")
     plot.grid(alpha=0.3)
     plot.legend(loc="upper left")
     return figure
@@ -118,8 +116,7 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
             plot.text(column, row, f"{count}\n{share:.1f} %", ha="center", va="center", color=colour, fontsize=8)
     plot.set_xticks(range(len(counts)), final.classes, rotation=45, ha="right")
     plot.set_yticks(range(len(counts)), final.classes)
-    plot.set_xlabel("predicted class")
-    plot.set_ylabel("true class")
+    plot.set(xlabel="predicted class", ylabel="true class")
     plot.set_title("What is taken for what: test images, and their share of the true class")
     figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
     return figure

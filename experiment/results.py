@@ -109,18 +109,14 @@ def make_result(
 
 
 def evaluate(
-    name: str,
-    history: list[dict[str, float]],
-    evaluation: tuple[float, Tensor, Tensor],
-    class_names: dict[int, str],
+    name: str, history: list[dict[str, float]], evaluation: tuple[float, Tensor, Tensor], class_names: dict[int, str]
 ) -> FitResult:
     """Compute a fit's figures.
 
     Parameters
     ----------
-    name : str
-    history : list of dict
-        The metrics of each epoch.
+    name, history
+        The fit's name and the metrics of each epoch.
     evaluation : tuple
         Mean loss, labels (N,) and class probabilities (N, classes), as `test_loop` returns them.
     class_names : dict
@@ -129,19 +125,14 @@ def evaluate(
     loss, labels, probabilities = evaluation
     predictions = probabilities.argmax(1)
     present = list(class_names)
+    names = list(class_names.values())
     report = classification_report(
-        labels,
-        predictions,
-        labels=present,
-        target_names=list(class_names.values()),
-        output_dict=True,
-        zero_division=0,
+        labels, predictions, labels=present, target_names=names, output_dict=True, zero_division=0
     )
     report.pop("micro avg", None)  # stands in for the accuracy where a class was predicted that does not occur
     accuracy = report["accuracy"] = (predictions == labels).double().mean().item()
-    return FitResult(
-        name, loss, accuracy, report, history, confusion_matrix(labels, predictions, labels=present).tolist()
-    )
+    confusion = confusion_matrix(labels, predictions, labels=present).tolist()
+    return FitResult(name, loss, accuracy, report, history, confusion)
 
 
 def find_mistakes(
@@ -153,10 +144,8 @@ def find_mistakes(
     ----------
     images, labels, probabilities : Tensor
         uint8 (N, 28, 28), int64 (N,) and float32 (N, classes).
-    class_names : list of str
-        Name of each label.
-    most : int
-        How many at most.
+    class_names, most
+        The name of each label, and how many mistakes to return at most.
     """
     sureness, predictions = probabilities.max(1)
     wrong = (predictions != labels).nonzero().flatten()

@@ -54,13 +54,11 @@ def run_experiment(
     Raises
     ------
     ConfigurationError
-        If the network does not return logits, the data set has too few images of a class for that many folds, or
-        something is wrong with the W&B key.
+        If the network returns no logits, a class has too few images for that many folds, or the W&B key is wrong.
     data_utils.DatasetError
         If the data set cannot be had or is damaged.
     RunError
-        If a loss is no longer finite (after all other fits are done and saved), worker processes keep dying, or the
-        disk is full.
+        If a loss is no longer finite (all other fits are done and saved), workers keep dying, or the disk is full.
     """
     started = time.monotonic()
     network = try_network(model_class, config)
