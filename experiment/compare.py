@@ -1,12 +1,11 @@
 """Did it help? Compares runs fold by fold: with the same data, FOLDS and RNG_SEED, the folds are the same images.
 
 A difference is the mean over the folds, ± its standard error; p is that of a two-sided t-test. Both are corrected for
-the overlap of the training sets (Nadeau and Bengio, 2003, "Inference for the Generalization Error"). Had a change done
-nothing, chance would bring as large a difference in a share p of all cases: below 0.05 it is better or worse.
+the overlap of the training sets (Nadeau and Bengio, 2003). Had a change done nothing, chance would bring as large a
+difference in a share p of all cases: below 0.05 it is better or worse. The test images take no part, to stay honest.
 
 What this cannot tell: that a change does nothing (few folds see only large effects; with two, the mean must be 13 times
-its ±); which of many trials helped (of twenty that do nothing, one is "better" by chance); what other seeds or data
-would say. The test images take no part: a choice made on them would no longer be honest.
+its ±); which of many trials helped (of twenty that do nothing, one is "better"); what other seeds or data would say.
 """
 
 import io
@@ -15,6 +14,7 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import suppress
 from difflib import unified_diff
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,23 +59,21 @@ def read_run(path: Path) -> Run:
     """Return a finished run, or raise a ConfigurationError that says why it is none."""
     where, results, config = path_from_here(path), path / "results.json", path / "config.json"
     if not results.is_file():
-        raise ConfigurationError(
-            f"{where} is {'unfinished' if config.exists() else 'not a run'}: no results.json in it."
-        )
+        raise ConfigurationError(f"{where} is {('not a run', 'unfinished')[config.exists()]}: it has no results.json.")
     try:
         identity = json.loads(config.read_text(encoding="utf-8"))["identity"]
         return _make_run(path, results.stat().st_mtime, json.loads(results.read_text(encoding="utf-8")), identity)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigurationError(f"{where}: results.json or config.json is damaged or missing ({error!r}).") from None
+        raise ConfigurationError(f"{where}: results.json or config.json is damaged or too old ({error!r}).") from None
 
 
 def _make_run(path: Path, finished: float, results: dict[str, Any], identity: dict[str, Any]) -> Run:
     folds = {}
     for fold in results["folds"]:
-        rows = {name: row for name, row in fold.get("report", {}).items() if isinstance(row, dict)}
-        f1 = {f"F1 of {name}": row["f1-score"] for name, row in rows.items() if not name.endswith(" avg")}
-        figures = {"accuracy": fold["accuracy"], "loss": fold["loss"]} | f1
-        if all(abs(figure) < 1e99 for figure in figures.values()):  # else it diverged, in an earlier version
+        rows = [(name, row) for name, row in fold.get("report", {}).items() if not name.endswith(" avg")]
+        figures = {name: fold[name] for name in ("accuracy", "loss") if name in fold}
+        figures |= {f"F1 of {name}": row["f1-score"] for name, row in rows if isinstance(row, dict)}
+        if "accuracy" in figures and all(abs(figure) < 1e99 for figure in figures.values()):  # else it diverged
             folds[fold["name"]] = figures
     if len(folds) > identity["folds"] or not identity.keys() >= set(SAME_IMAGES):
         raise ValueError("it does not say what its folds are")
@@ -106,11 +104,10 @@ def paired_difference(before: list[float], after: list[float], folds: int) -> tu
     is a fold's test set to its training set. If all differ alike, no spread tells how far chance reaches: p is NaN.
     """
     differences = np.subtract(after, before)
-    mean, count = float(differences.mean()), len(differences)
-    error = float(differences.std(ddof=1) * np.sqrt(1 / count + 1 / (folds - 1)))
+    mean, variance = float(differences.mean()), differences.var(ddof=1) * (1 / len(after) + 1 / (folds - 1))
     if np.ptp(differences) <= 1e-12 * np.abs([before, after]).max():  # the same, but for rounding
         return mean, 0.0, np.nan if mean else 1.0
-    return mean, error, float(2 * stats.t.sf(abs(mean) / error, count - 1))
+    return mean, float(variance**0.5), float(2 * stats.t.sf(abs(mean) / variance**0.5, len(after) - 1))
 
 
 def text_of(before: Run, after: Run) -> str:
@@ -120,8 +117,8 @@ def text_of(before: Run, after: Run) -> str:
     some = f", over the {count} of {folds} folds that both have" if count < folds else ""
     lines = [f"Against {path_from_here(before.path)}{some}", *_changes(before.identity, after.identity)]
     if all(old == new for old, new in figures.values()):
-        return "\n".join([*lines, "  the same in every fold, to the bit"])
-    for name in ("accuracy", "loss"):
+        lines, figures = [*lines, "  the same in every fold, to the bit"], {}
+    for name in [name for name in ("accuracy", "loss") if name in figures]:
         old, new = figures.pop(name)
         mean, error, p = paired_difference(old, new, folds)
         shown = "all folds differ alike, so there is no p" if np.isnan(p) else f"p = {p:.2g}"
@@ -131,20 +128,20 @@ def text_of(before: Run, after: Run) -> str:
             verdict = f"{'better' if better else 'worse'} ({shown}), in {alike} of {count} folds"
         lines.append(f"  {name:<15}{np.mean(old):.4f} → {np.mean(new):.4f}   {mean:+.4f} ± {error:.4f}   {verdict}")
     gains = {name.removeprefix("F1 of "): np.mean(new) - np.mean(old) for name, (old, new) in figures.items()}
-    most = sorted(gains, key=lambda name: -abs(gains[name]))[:3]
-    return "\n".join(lines + ["  F1, most changed: " + ", ".join(f"{n} {gains[n]:+.3f}" for n in most)] * bool(most))
+    most = sorted((name for name in gains if abs(gains[name]) >= 0.0005), key=lambda name: -abs(gains[name]))[:3]
+    lines += ["  F1, most changed: " + ", ".join(f"{name} {gains[name]:+.3f}" for name in most)] if most else []
+    return "\n".join(lines).encode(errors="replace").decode()  # a folder's name may hold bytes that are no text
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line for each constant that differs (False: its version has it not), and the network's that do."""
-    names = [name for name in old | new if name not in ("data", "network", "source", "digest")]
-    pairs = {name: (old.get(name, False), new.get(name, False)) for name in names}
-    lines = [f"  {name.upper():<15}{one} → {other}" for name, (one, other) in pairs.items() if one != other]
+    names = [name for name in old | new if old.get(name, False) != new.get(name, False)]
+    shown = [name for name in names if name not in ("data", "network", "source", "digest")]
+    lines = [f"  {name.upper():<15}{old.get(name, False)} → {new.get(name, False)}" for name in shown]
     printed = [str(run.get("network")).rpartition("\n\n")[2] for run in (old, new)]  # once its source stood above it
     before, after = (re.sub(r"(?m)^( *)\(\d+\): ", r"\1", network).splitlines() for network in printed)
-    lines += [f"  {line}" for line in unified_diff(before, after, n=0, lineterm="") if line[1] not in "-+@"]
-    same_source = all(old.get(name) == new.get(name) for name in ("network", "source"))
-    if before == after and ("source" in old) == ("source" in new) and not same_source:
+    lines += [f"  {line}" for line in unified_diff(before, after, n=0, lineterm="") if line[1:2] not in "-+@"]
+    if before == after and ("source" in old) == ("source" in new) and {"network", "source"} & set(names):
         lines.append(f"  {'network':<15}only its source differs")
     return lines
 
@@ -152,7 +149,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def draw(before: Run, *others: Run) -> Figure:
     """Draw the differences of accuracy and F1 in each fold, with their mean and 95 % interval, a panel a run."""
     figure = Figure(figsize=(1 + 6 * len(others), 6), layout="constrained")
-    for plot, after in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
+    for plot, after in zip(figure.subplots(1, len(others), sharex=True, squeeze=False)[0], others, strict=True):
         figures = {name: pair for name, pair in paired_figures(before, after).items() if name != "loss"}
         mean, error, _ = np.transpose([paired_difference(*pair, after.identity["folds"]) for pair in figures.values()])
         in_folds = np.array([np.subtract(new, old) for old, new in figures.values()])
@@ -160,8 +157,10 @@ def draw(before: Run, *others: Run) -> Figure:
         plot.errorbar(mean, places - 0.15, xerr=reach, fmt="D", color=ORANGE, label="their mean and its 95 % interval")
         plot.scatter(in_folds, 0.15 - np.indices(in_folds.shape)[0], color=BLUE, alpha=0.6, label="each fold")
         plot.axvline(0, color="black", linewidth=0.8)
-        plot.set_title(f"{after.path.name}\nagainst {before.path.name}", fontsize=10)
+        title = f"{after.path.name}\nagainst {before.path.name}".encode(errors="replace").decode()
+        plot.set_title(title, fontsize=9, parse_math=False)
         plot.set(xlabel="difference (above 0 is better)", yticks=places, yticklabels=list(figures))
+        plot.locator_params(axis="x", nbins=6)
         plot.grid(alpha=0.3)
         plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     return figure
@@ -178,7 +177,7 @@ def find_run(name: str, runs_dir: Path) -> Run:
 
 
 def main() -> None:
-    """Compare the runs that are named, or the newest with the newest that is comparable."""
+    """Compare the runs that are named, or the two newest that are comparable."""
     parser = ArgumentParser("python -m experiment.compare", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders or beginnings of their names (default: the two newest)")
     parser.add_argument("--runs-dir", type=Path, default=PROJECT_DIR / "runs", help="where the runs lie")
@@ -186,13 +185,12 @@ def main() -> None:
     with user_errors():
         runs = [find_run(name, arguments.runs_dir) for name in arguments.runs] or finished_runs(arguments.runs_dir)
         if not arguments.runs:
-            runs = [run for run in runs[1:] if not reason_against(run, runs[0])][:1] + runs[:1]
-        reasons = [reason for run in runs[1:] if (reason := reason_against(runs[0], run))]
-        if reasons or len(runs) < 2:
-            raise ConfigurationError("\n  ".join(reasons) or "There are no two runs to compare.")
+            runs = next(([old, new] for new, old in combinations(runs, 2) if not reason_against(old, new)), [])
+        if any(reasons := [reason_against(runs[0], run) for run in runs[1:]] or ["There are no two runs to compare."]):
+            raise ConfigurationError("\n".join(filter(None, reasons)))
         print("\n\n".join(f"{path_from_here(run.path)}\n{text_of(runs[0], run)}" for run in runs[1:]))
         picture, path = io.BytesIO(), max(runs, key=lambda run: run.finished).path / "compare.png"
-        draw(*runs).savefig(picture, format="png", dpi=110)
+        draw(*runs).savefig(picture, format="png", dpi=min(110, 9000 / len(runs)))  # no more pixels than a PNG can have
         save_atomically(path, picture.getvalue())
         print(f"\nWorth opening:\n  {path_from_here(path)}")
 
