@@ -54,6 +54,11 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         _fail(128 + int(number), f"Stopped by {signal.Signals(number).name}.")
+    except Exception as error:
+        if type(error) is not Exception or error.args or "wandb.agents.pyagent" not in sys.modules:
+            raise
+        print("Stopped by W&B's agent.", file=sys.stderr)  # which puts a bare Exception into the thread that it started
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -73,10 +78,21 @@ def _handle_signals() -> dict[int, Any]:
     return {number: signal.signal(number, interrupt) for number in numbers}
 
 
+class Failure(SystemExit, Exception):
+    """The end of a failed run, with its exit status; an Exception, too, for ``wandb.agent(function=main)``.
+
+    A mere SystemExit is a success to it.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.code = status
+
+
 def _fail(status: int, message: str) -> None:
     with suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr)
-    raise SystemExit(status) from None
+    raise Failure(status, message) from None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from experiment.run_directory import RunDirectory, identify
 from experiment.settings import TrainingConfig
 from experiment.wandb_key import choose_mode
 from experiment.wandb_runs import WandbRuns
+from experiment.wandb_sweep import take_sweep
 from experiment.workers import ThisProcess, WorkerProcesses
 from train_utils import Fit, State, build_network, run_epoch, test_loop, train_loop
 
@@ -60,9 +61,9 @@ def run_experiment(
     RunError
         If a loss is no longer finite (all other fits are done and saved), workers keep dying, or the disk is full.
     """
-    started = time.monotonic()
+    started, sweep = time.monotonic(), take_sweep()
     network = try_network(model_class, config)
-    wandb_mode, wandb_key = choose_mode(config.wandb_mode, path_of(config.wandb_api_key_path))
+    wandb_mode, wandb_key = choose_mode(config.wandb_mode, path_of(config.wandb_api_key_path), sweep is not None)
     dataset = load_dataset(config.dataset, path_of(config.data_dir))
     fits = make_fits(model_class, config, dataset)
     device, precision, threads = fits[0].device, fits[0].precision, fits[0].threads
@@ -76,7 +77,7 @@ def run_experiment(
     name, identity = f"{model_class.__name__}-{config.dataset}", identify(config, fits[0], network)
     with (
         RunDirectory(path_of(config.runs_dir), name, config.to_dict(), identity, config.resume) as run_dir,
-        WandbRuns(wandb_mode, wandb_key, logged, [fit.name for fit in fits], run_dir) as runs,
+        WandbRuns(wandb_mode, wandb_key, logged, [fit.name for fit in fits], run_dir, sweep) as runs,
     ):
         checkpoints = _train_all(fits, workers, executor, run_dir, runs)
         environment |= {"seconds": time.monotonic() - started, "resumed": run_dir.resumed, "wandb_run_ids": runs.ids}
@@ -101,6 +102,8 @@ def run_experiment(
     say("\nWorth opening:\n  " + "\n  ".join(worth_opening))
     if result.failures:
         raise RunError("\n".join(result.failures.values()))
+    if sweep and runs.mode != "online":
+        raise RunError("The sweep did not get this trial, since W&B's server failed.")
     return result
 
 

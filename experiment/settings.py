@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from experiment.errors import ConfigurationError, user_errors
 from experiment.machine import device_is_here
+from experiment.wandb_sweep import sweep_parameters
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -81,16 +82,21 @@ class TrainingConfig:
     def from_constants(cls, constants: Mapping[str, Any]) -> "TrainingConfig":
         """Build the configuration from a script's constants, as in ``TrainingConfig.from_constants(globals())``.
 
+        Where an agent of W&B's wants something else of a trial, that counts.
+
         Raises
         ------
         ConfigurationError
             A ValueError with a line for every constant that is bad or missing.
         """
         try:
-            return cls(**{name: constants[name.upper()] for name in cls.wanted() if name.upper() in constants})
+            values = {name: constants[name.upper()] for name in cls.wanted() if name.upper() in constants}
+            return cls(**(values | sweep_parameters()))
         except pydantic.ValidationError as error:
+            says = {"missing": "is missing", "unexpected_keyword_argument": "is no setting"}
             lines = [
-                f"{str(e['loc'][0]).upper()} is missing" if e["type"] == "missing" else e["msg"] for e in error.errors()
+                f"{str(e['loc'][0]).upper()} {says[e['type']]}" if e["type"] in says else e["msg"]
+                for e in error.errors()
             ]
             raise ConfigurationError("\n".join(lines)) from None
 

@@ -9,26 +9,31 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-import wandb
 
+import wandb
 from experiment.console import warn
-from experiment.errors import ConfigurationError
+from experiment.errors import ConfigurationError, RunError
 
 SERVER_TIMEOUT_SECONDS = 5
 
 
-def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
+def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str, str | None]:
     """Return the W&B mode ("online", "offline" or "disabled") and, where it is online, the API key.
 
     The environment variable WANDB_MODE, W&B's own, wins over `mode`; "auto" is online with a key and offline without.
+    A trial of a sweep is online or not at all.
 
     Raises
     ------
     ConfigurationError
         If the mode is online and there is no key, what is there is none, or the server refuses it; the message says
-        where it was found, never what it is.
+        where it was found, never what it is. In a sweep, also if the mode is not online.
+    RunError
+        In a sweep, if the server does not answer as it should.
     """
     mode = (os.environ.get("WANDB_MODE") or mode).replace("dryrun", "offline")
+    if in_sweep and mode in ("offline", "disabled"):
+        raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
     if mode in ("offline", "disabled"):
         return mode, None
     if mode not in ("auto", "online"):
@@ -38,17 +43,20 @@ def choose_mode(mode: str, key_path: Path) -> tuple[str, str | None]:
     base_url = server_url()
     key, source = find_api_key(key_path, base_url)
     way_out = 'Put yours there (https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
-    if key is None and mode == "auto":
+    if key is None and mode == "auto" and not in_sweep:
         return "offline", None
     if key is None:
         places = f"the environment variable WANDB_API_KEY, in {key_path} or in .netrc"
-        raise ConfigurationError(f'WANDB_MODE is "online", but no API key is in {places}. {way_out}')
+        wish = "a sweep needs W&B's server" if in_sweep else 'WANDB_MODE is "online"'
+        raise ConfigurationError(f"{wish}, but no API key is in {places}. {way_out}")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{40,}", key):
         wanted = "a word of 40 or more letters and digits, on a line of its own"
         raise ConfigurationError(f"{source} does not hold an API key: {wanted}. {way_out}")
     problem = ask_server(base_url, key)
     if problem == "refused":
         raise ConfigurationError(f"W&B at {base_url} refuses the API key from {source}. {way_out}")
+    if problem and in_sweep:
+        raise RunError(f"a sweep needs W&B's server, but {base_url} does not answer as it should ({problem}).")
     if problem:
         warn(f"W&B: {base_url} does not answer as it should ({problem}), so this run is logged offline.")
         return "offline", None

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here, say, warn
 from experiment.results import ExperimentResult, FitResult
 from experiment.run_directory import RunDirectory
 from experiment.wandb_key import ask_server, server_url
+from experiment.wandb_sweep import Sweep
 
 FINISH_TIMEOUT_SECONDS = 30
+SWEEP_METRIC = "cross_validation/accuracy_mean"
 
 
 class WandbRuns:
     """The W&B runs of one experiment, one a fit, all open at once in this process.
 
     Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole;
-    where its files cannot be written either, the rest is not logged. A line says so.
+    where its files cannot be written either, the rest is not logged; a line says so. A trial of a sweep is logged online
+    or not at all.
 
     Parameters
     ----------
@@ -36,15 +39,24 @@ class WandbRuns:
         One run is opened for each.
     experiment : RunDirectory
         Names the group, and knows with which ids an earlier attempt opened the runs.
+    sweep : Sweep, optional
+        What the final run belongs to. It then gets the mean over the folds after each epoch, too.
     """
 
     def __init__(
-        self, mode: str, key: str | None, config: dict[str, Any], fit_names: list[str], experiment: RunDirectory
+        self,
+        mode: str,
+        key: str | None,
+        config: dict[str, Any],
+        fit_names: list[str],
+        experiment: RunDirectory,
+        sweep: Sweep | None = None,
     ) -> None:
-        self.mode, self._key, self._config, self._experiment = mode, key, config, experiment
+        self.mode, self._key, self._config, self._experiment, self._sweep = mode, key, config, experiment, sweep
         self._history: dict[str, list[dict[str, Any]]] = {name: [] for name in fit_names}
         self._runs: dict[str, wandb.Run] = {}
-        self._finished = False
+        self._logged: dict[str, int] = {}  # rows of the history
+        self._trained = self._finished = False
         folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +91,7 @@ class WandbRuns:
     def log_epoch(self, fit_name: str, metrics: dict[str, Any]) -> None:
         """Log one epoch of a fit; ``metrics["epoch"]`` becomes the step."""
         self._history[fit_name].append(metrics)
-        self._try(lambda: self._log_row(fit_name, metrics))
+        self._try(self._log_rows)
 
     def log_results(self, result: ExperimentResult) -> None:
         """Log what the fits came to, and close all runs.
@@ -88,13 +100,21 @@ class WandbRuns:
         confusion matrix; the final one also the cross-validation's summary, the figures, the mistakes and the model.
         """
 
+        self._trained = True
+        failed = [*result.failures, "final"] if self._sweep and result.failures else result.failures
+
         def log_and_close() -> None:
             if self.mode == "online" and (problem := ask_server(server_url(), self._key or "")):
                 raise ConnectionError(problem)
+            self._log_rows()
             for fit_result in [*result.folds, *([result.final] if result.final else [])]:
                 _log_fit(self._runs[fit_result.name], fit_result)
-            _log_experiment(self._runs["final"], result)
-            if error := self._finish_all(0, result.failures):
+            if not (self._sweep and result.failures):  # a mean over the other folds would be too good for the search
+                means = {f"cross_validation/{name}": value for name, value in result.cross_validation.items()}
+                self._runs["final"].summary.update(means)
+            if result.final:
+                _log_pictures_and_model(self._runs["final"], result, result.final)
+            if error := self._finish_all(0, failed):
                 raise error
             self._finished = True
 
@@ -115,7 +135,10 @@ class WandbRuns:
                 self._go_down(reason)
 
     def _go_down(self, reason: str) -> None:
-        if self.mode == "online":
+        if self.mode == "online" and self._sweep:
+            warn(f"W&B: {server_url()} fails ({reason}), so the sweep does not get this trial.")
+            self.mode = "disabled"
+        elif self.mode == "online":
             warn(f"W&B: {server_url()} fails ({reason}), so this run is logged offline.")
             wandb.teardown()  # else W&B holds the ids of these runs for taken
             self.mode = "offline"
@@ -126,16 +149,15 @@ class WandbRuns:
 
     def _open_all(self) -> None:
         for name in self._history:
-            self._runs[name] = self._open(name)
-        for name, rows in self._history.items():
-            for metrics in rows:
-                self._log_row(name, metrics)
+            self._runs[name] = run = self._open(name)
+            self._logged[name] = max(0, run.step - 1)  # a resumed run's server has the epochs before run.step already
+        self._log_rows()
 
     def _open(self, fit_name: str) -> wandb.Run:
-        online = self.mode == "online"
+        online, sweep = self.mode == "online", self._sweep if fit_name == "final" else None
         run = wandb.init(
-            project=self._config["wandb_project_name"],
-            id=f"{self._experiment.wandb_id}-{fit_name}",
+            project=None if self._sweep else self._config["wandb_project_name"],  # None: the agent's
+            id=sweep.run_id if sweep else f"{self._experiment.wandb_id}-{fit_name}",
             name=fit_name,
             group=self._experiment.path.name,
             job_type="final" if fit_name == "final" else "fold",
@@ -147,6 +169,7 @@ class WandbRuns:
             settings=wandb.Settings(
                 api_key=self._key if online else None,
                 base_url=server_url(),
+                sweep_id=sweep.sweep_id if sweep else None,
                 init_timeout=15,
                 finish_timeout=FINISH_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
@@ -160,10 +183,22 @@ class WandbRuns:
         run.define_metric("*", step_metric="epoch")
         return run
 
-    def _log_row(self, fit_name: str, metrics: dict[str, Any]) -> None:
-        run = self._runs[fit_name]
-        if metrics["epoch"] >= run.step:  # a resumed run's server has the first epochs already
-            run.log(metrics, step=metrics["epoch"])
+    def _log_rows(self) -> None:
+        """Log all that the runs do not have yet."""
+        for name, run in self._runs.items():
+            rows = self._rows_in_a_sweep() if self._sweep and name == "final" else self._history[name]
+            for metrics in rows[self._logged[name] :]:
+                run.log(metrics, step=metrics["epoch"])
+            self._logged[name] = max(self._logged[name], len(rows))
+
+    def _rows_in_a_sweep(self) -> list[dict[str, Any]]:
+        """Return the final fit's rows of the epochs that all have finished, with the mean over the folds."""
+        final, *folds = self._history["final"], *(rows for name, rows in self._history.items() if name != "final")
+        rows = [
+            row | {SWEEP_METRIC: statistics.fmean(fold["validation/accuracy"] for fold in of_folds)}
+            for row, *of_folds in zip(final, *folds, strict=False)
+        ]
+        return rows + (final[len(rows) :] if self._trained else [])  # where a fold diverged, some were held back
 
     def _finish_all(self, exit_code: int, failures: Iterable[str] = ()) -> Exception | None:
         """Close all runs at once, those of the failures as failed; return what went wrong, if anything did."""
@@ -209,17 +244,14 @@ def _log_fit(run: wandb.Run, result: FitResult) -> None:
     run.log(tables, step=len(result.history))
 
 
-def _log_experiment(final: wandb.Run, result: ExperimentResult) -> None:
-    final.summary.update({f"cross_validation/{name}": value for name, value in result.cross_validation.items()})
-    if result.final is None:
-        return
+def _log_pictures_and_model(run: wandb.Run, result: ExperimentResult, final: FitResult) -> None:
     mistakes = wandb.Table(["image", "true class", "predicted class", "probability"])
     for mistake in result.mistakes:
         picture = wandb.Image(255 - mistake.image.numpy())
         mistakes.add_data(picture, mistake.true, mistake.predicted, mistake.probability)
     figures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(result.run_dir.glob("*.png"))}
-    final.log({"mistakes": mistakes} | figures)
-    metadata = {f"test/{name}": getattr(result.final, name) for name in ("loss", "accuracy", "report")}
+    run.log({"mistakes": mistakes} | figures)
+    metadata = {f"test/{name}": getattr(final, name) for name in ("loss", "accuracy", "report")}
     model = wandb.Artifact(f"{result.run_dir.name}-model", type="model", metadata=metadata)
     model.add_file(str(result.run_dir / "model.pt"))
-    final.log_artifact(model)
+    run.log_artifact(model)

@@ -1,4 +1,4 @@
-"""A stand-in for the W&B server on 127.0.0.1: enough GraphQL and file stream for real W&B clients."""
+"""A stand-in for the W&B server on 127.0.0.1: enough GraphQL and file stream for real W&B clients and their sweeps."""
 
 import base64
 import json
@@ -11,14 +11,21 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import sweeps
+import yaml
+
 
 class WandbServer:
     """Takes what W&B clients send and keeps it for tests to read; ``with WandbServer(key) as server: …``.
 
-    ``runs`` maps run id → {"name", "project", "group", "job_type", "config", "history", "summary", "files"}. A line of
-    history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what was said
-    of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is the one
-    of these that is called after ``breaks_after`` requests.
+    ``runs`` maps run id → {"name", "project", "group", "job_type", "sweep", "config", "history", "summary", "files"}. A
+    line of history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what
+    was said of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is the
+    one of these that is called after ``breaks_after`` requests.
+
+    ``sweeps`` maps sweep id → {"config", "project", "trials", "warnings"}. The trials, run id → what W&B's own search
+    engine suggested, are made from what came here of the runs that said they belong to the sweep. ``stop_run()`` is the
+    button on W&B's page.
     """
 
     def __init__(self, key: str, status: int = 200) -> None:
@@ -29,6 +36,8 @@ class WandbServer:
         self.artifacts: list[dict[str, Any]] = []
         self.artifact_files: list[bytes] = []
         self.runs: dict[str, dict[str, Any]] = {}
+        self.sweeps: dict[str, dict[str, Any]] = {}
+        self.stopped: set[str] = set()
         self.queries: list[str] = []
         server = self
 
@@ -82,6 +91,10 @@ class WandbServer:
         """Return what is kept of a run, made at first mention."""
         return self.runs.setdefault(run_id, {"history": [], "summary": {}, "files": {}, "config": {}})
 
+    def stop_run(self, run_id: str) -> None:
+        """Tell the run to stop, and the agent that started it."""
+        self.stopped.add(run_id)
+
     def _post(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         self.posts += 1
@@ -96,7 +109,7 @@ class WandbServer:
             return _answer(request, 401, {"error": "unauthorized"})
         if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
             self._stream(self.run(match[1]), json.loads(body))
-            return _answer(request, 200, {})
+            return _answer(request, 200, {"stopped": match[1] in self.stopped})
         asked = json.loads(body)
         self.queries.append(asked["query"])
         _answer(request, 200, {"data": self._graphql(asked["query"], asked.get("variables") or {})})
@@ -127,6 +140,7 @@ class WandbServer:
             config = json.loads(variables.get("config") or "{}")
             run["config"] |= {key: value["value"] for key, value in config.items() if key != "_wandb"}
             names = {"project": "project", "name": "displayName", "group": "groupName", "job_type": "jobType"}
+            names["sweep"] = "sweep"
             run |= {key: variables.get(sent) or run.get(key) for key, sent in names.items()}
             project = {"id": "p", "name": run["project"], "entity": {"id": "e", "name": "tester"}}
             run_id = variables["name"]
@@ -134,10 +148,26 @@ class WandbServer:
             return {
                 "upsertBucket": {
                     "bucket": bucket
-                    | {"historyLineCount": len(self.run(run_id)["history"]), "config": "{}", "sweepName": None},
+                    | {"historyLineCount": len(self.run(run_id)["history"]), "config": "{}", "sweepName": run["sweep"]},
                     "inserted": True,
                 }
             }
+        if "upsertSweep" in query:
+            sweep_id, config, name = uuid.uuid4().hex[:8], yaml.safe_load(variables["config"]), variables["projectName"]
+            warnings = sweeps.schema_violations_from_proposed_config(config)
+            self.sweeps[sweep_id] = {"config": config, "project": name, "trials": {}, "warnings": warnings}
+            project = {"id": "p", "name": name, "entity": {"id": "e", "name": "tester"}}
+            sweep = {"name": sweep_id, "project": project}
+            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": warnings}}
+        if "SweepWithRuns" in query:
+            sweep = self.sweeps.get(variables["sweep"])
+            found = sweep and {"config": yaml.dump(sweep["config"]), "runs": {"edges": []}}
+            return {"project": {"sweep": found}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": variables["sweep"]}}}  # so that its heartbeats name the sweep
+        if "agentHeartbeat" in query:
+            commands = self._commands(variables["id"], json.loads(variables["runState"]))
+            return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
         if "createRunFiles" in query:
             run_id = variables.get("run") or variables.get("runName")
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run_id}/{name}"} for name in variables["files"]]
@@ -181,6 +211,26 @@ class WandbServer:
             "model": None,
             "project": None,
         }
+
+    def _commands(self, sweep_id: str, running: dict[str, bool]) -> list[dict[str, Any]]:
+        """Tell an agent which of its runs to stop; where it has none, what to run next."""
+        if running:
+            return [{"type": "stop", "run_id": run_id} for run_id in running if run_id in self.stopped]
+        sweep, run_id = self.sweeps[sweep_id], uuid.uuid4().hex[:8]
+        done = [self._as_the_engine_sees_it(sweep_id, *trial) for trial in sweep["trials"].items()]
+        sweep["trials"][run_id] = trial = sweeps.next_run(sweep["config"], done, validate=True)
+        return [{"type": "run", "run_id": run_id, "program": sweep["config"]["program"], "args": trial.config}]
+
+    def _as_the_engine_sees_it(self, sweep_id: str, run_id: str, trial: sweeps.SweepRun) -> sweeps.SweepRun:
+        run = self.runs.get(run_id, {})
+        if run.get("sweep") != sweep_id:  # it never came, or as no part of the sweep
+            return trial.copy(update={"state": "crashed"})
+        return sweeps.SweepRun(
+            state={None: "crashed", 0: "finished"}.get(run.get("exit_code"), "failed"),
+            config={name: {"value": value} for name, value in run["config"].items()},
+            summaryMetrics=run["summary"],
+            sampledHistory=run["history"],
+        )
 
     def _bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(variables["name"])

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import joblib
 import torch
@@ -25,7 +26,7 @@ from models import ConvolutionalNeuralNetwork
 from train_utils import test_loop, train_loop
 
 REFERENCE_ACCURACY = 0.9184  # and its settings: 10 epochs, batches of 64, Adam with learning rate 0.001
-SHORT = {"EPOCHS": 3, "BATCH_SIZE": 128, "LEARNING_RATE": 0.005, "LR_SCHEDULE": "one_cycle"}
+SHORT: dict[str, Any] = {"EPOCHS": 3, "BATCH_SIZE": 128, "LEARNING_RATE": 0.005, "LR_SCHEDULE": "one_cycle"}
 
 
 def tutorial_accuracy(seed: int) -> float:
