@@ -198,9 +198,10 @@ def test_whatever_lies_among_the_runs_is_passed_over(before: Path) -> None:
     (before.parent / "folder" / "results.json").mkdir(parents=True)
     (before.parent / "results.json").write_text("{}")
     (before.parent / "loop").symlink_to("loop")
-    make_run(before.parent / "no-text", network=["\n\n", {}], source=None, lr_schedule="\ud800", epochs=[None])
-    assert len(finished_runs(before.parent)) == 2
-    assert "better" in automatic(before.parent)
+    odd = {"network": "(\n\r\n)", "source": None, "lr_schedule": "\ud800", "epochs": [None]}
+    make_run(before.parent / "odd", finished=9, **odd)
+    assert [run.path.name for run in finished_runs(before.parent)] == ["odd", "before"]
+    assert "better" in automatic(before.parent).encode().decode()
 
 
 def test_a_folder_whose_name_is_no_text_can_be_compared(tmp_path: Path) -> None:
