@@ -25,9 +25,8 @@ SWEEP_METRIC = "cross_validation/accuracy_mean"
 class WandbRuns:
     """The W&B runs of one experiment, one a fit, all open at once in this process.
 
-    Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole;
-    where its files cannot be written either, the rest is not logged; a line says so. A trial of a sweep is logged online
-    or not at all.
+    Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole, but
+    for a sweep's trial; where its files cannot be written either, the rest is not logged. A line says so.
 
     Parameters
     ----------

@@ -20,8 +20,8 @@ class WandbServer:
 
     ``runs`` maps run id → {"name", "project", "group", "job_type", "sweep", "config", "history", "summary", "files"}. A
     line of history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what
-    was said of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is the
-    one of these that is called after ``breaks_after`` requests.
+    was said of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is
+    the one of these that is called after ``breaks_after`` requests.
 
     ``sweeps`` maps sweep id → {"config", "project", "trials", "warnings"}. The trials, run id → what W&B's own search
     engine suggested, are made from what came here of the runs that said they belong to the sweep. ``stop_run()`` is the
