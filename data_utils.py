@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 PROJECT_DIR = Path(__file__).resolve().parent
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -182,8 +181,7 @@ class Batches:
         return full + (rest > (1 if self.training else 0))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.labels)
-        order = torch.randperm(count) if self.training else torch.arange(count)
+        order = (torch.randperm if self.training else torch.arange)(len(self.labels))
         for index in order.to(self.labels.device).split(self.batch_size)[: len(self)]:
             pixels = self.images[index].unsqueeze(1).float()
             yield pixels.sub_(255 * self.mean).div_(255 * self.std), self.labels[index]
@@ -222,10 +220,8 @@ def _get_files(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]
     """Return the content of the missing files: from .gz files beside them, Debian's package, or by download."""
     if name == "Digits":
         return _make_digits()
-    folders = [raw_dir]
-    if name == "FashionMNIST" and len(missing) == len(FILE_KINDS):
-        folders.append(DEBIAN_FASHION_MNIST)  # never to complete somebody's own files
-    for folder in folders:
+    debian = name == "FashionMNIST" and len(missing) == len(FILE_KINDS)  # never to complete somebody's own files
+    for folder in [raw_dir, DEBIAN_FASHION_MNIST] if debian else [raw_dir]:
         packed = {file: _lies_at(f"{file}.gz", folder) for file in missing}
         if all(path.is_file() for path in packed.values()):
             return {file: _unpack(path, FILE_KINDS[file]) for file, path in packed.items()}
@@ -256,7 +252,7 @@ def _make_digits() -> dict[str, bytes]:
 
     digits = load_digits()
     small = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)
-    images = functional.interpolate(small, size=(28, 28), mode="bilinear").squeeze(1).round().numpy()
+    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").squeeze(1).round().numpy()
     parts = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     arrays = [array[part] for part in parts for array in (images, digits.target)]
     return {
@@ -277,24 +273,28 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
         except (OSError, RuntimeError) as error:
             reason.append(" ".join(str(error).split()) or type(error).__name__)
 
-    print(f"Downloading {name} …", flush=True)
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"Downloading {name} …", flush=True)
     data_dir = raw_dir.parents[1]
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:
-        thread = threading.Thread(target=download, daemon=True)  # as a daemon it cannot keep us from ending
-        thread.start()
-        size, last_change = -1, time.monotonic()
-        while thread.is_alive() and time.monotonic() - last_change < DOWNLOAD_STALL_SECONDS:
-            thread.join(0.2)
-            new_size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-            if new_size != size:
-                size, last_change = new_size, time.monotonic()
-        if thread.is_alive():
-            reason.append(f"nothing arrived for {DOWNLOAD_STALL_SECONDS} seconds")
-        if not reason:
-            return {file: (Path(folder) / name / "raw" / file).read_bytes() for file in missing}
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:
+            thread = threading.Thread(target=download, daemon=True)  # as a daemon it cannot keep us from ending
+            thread.start()
+            size, last_change = -1, time.monotonic()
+            while thread.is_alive() and time.monotonic() - last_change < DOWNLOAD_STALL_SECONDS:
+                thread.join(0.2)
+                before, size = size, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+                last_change = last_change if size == before else time.monotonic()
+            reason += [f"nothing arrived for {DOWNLOAD_STALL_SECONDS} seconds"] if thread.is_alive() else []
+            if not reason:
+                return {file: (Path(folder) / name / "raw" / file).read_bytes() for file in missing}
+    except OSError as error:  # DATA_DIR is a file, or cannot be written
+        reason.append(str(error))
     debian = ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu" if name == "FashionMNIST" else ""
+    astray = [folder for folder in (raw_dir.parent, data_dir) if any(folder.glob("t*?idx?-ubyte*"))]
+    there = f"there from {astray[0]}" if astray else "there"
     raise DatasetError(
         f"{name} is not in {raw_dir} and could not be downloaded ({reason[0]}). Copy its four files "
-        f'({", ".join(FILE_KINDS)}; .gz will do) there{debian}, or set DATASET = "Digits", which needs no download.'
+        f'({", ".join(FILE_KINDS)}; .gz will do) {there}{debian}, or set DATASET = "Digits", which needs no download.'
     )

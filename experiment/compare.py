@@ -16,17 +16,19 @@ from contextlib import suppress
 from difflib import unified_diff
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from scipy import stats
 
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here
 from experiment.errors import ConfigurationError, user_errors
-from experiment.figures import BLUE, ORANGE
+from experiment.figures import BLUE, ORANGE, new_figure
 from experiment.run_directory import save_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAME_IMAGES = ("dataset", "data", "folds", "rng_seed")  # what makes the folds of two runs the same images
 
@@ -146,9 +148,9 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(before: Run, *others: Run) -> Figure:
+def draw(before: Run, *others: Run) -> "Figure":
     """Draw the differences of accuracy and F1 in each fold, with their mean and 95 % interval, a panel a run."""
-    figure = Figure(figsize=(1 + 6 * len(others), 6), layout="constrained")
+    figure = new_figure(1 + 6 * len(others), 6)
     for plot, after in zip(figure.subplots(1, len(others), sharex=True, squeeze=False)[0], others, strict=True):
         figures = {name: pair for name, pair in paired_figures(before, after).items() if name != "loss"}
         mean, error, _ = np.transpose([paired_difference(*pair, after.identity["folds"]) for pair in figures.values()])

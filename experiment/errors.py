@@ -6,6 +6,7 @@ Biases, the bar, a figure, the terminal) costs a line of warning.
 
 import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -29,7 +30,20 @@ def _quiet_ctrl_c(kind: type[BaseException], error: BaseException, trace: Any) -
         sys.__excepthook__(kind, error, trace)
 
 
-# Both are for the seconds in which PyTorch and the others are loading, before user_errors can answer to anything.
+def _open_what_is_closed() -> None:
+    """Open the null device in the place of a standard stream that is closed, as by ``2>&-``.
+
+    Python has None there, and whatever is opened next takes the stream's number: a checkpoint, to be printed into.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)  # for the workers
+            setattr(sys, name, os.fdopen(number, mode))
+
+
+# These are for the seconds in which PyTorch and the others are loading, before user_errors can answer to anything.
+_open_what_is_closed()
 sys.excepthook = _quiet_ctrl_c
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home directory that cannot be written
 

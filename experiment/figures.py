@@ -3,12 +3,15 @@
 import io
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiment.console import summary_text
 from experiment.results import ExperimentResult, FitResult, Mistake
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
 
@@ -29,6 +32,13 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
         figure.savefig(picture, format="png", dpi=110)
         files[name] = picture.getvalue()
     return files
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of that size in inches."""
+    from matplotlib.figure import Figure  # not above, where it would end the run: it raises for a strange MPLBACKEND
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str]) -> str:
@@ -56,8 +66,8 @@ def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str
 """
 
 
-def _draw_learning_curves(result: ExperimentResult) -> Figure:
-    figure = Figure(figsize=(10, 7), layout="constrained")
+def _draw_learning_curves(result: ExperimentResult) -> "Figure":
+    figure = new_figure(10, 7)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for row, (quantity, unit) in enumerate((("loss", "mean cross-entropy per image"), ("accuracy", "share right"))):
         for column, (part, colour) in enumerate((("train", BLUE), ("validation", ORANGE))):
@@ -84,9 +94,9 @@ def _draw_learning_curves(result: ExperimentResult) -> Figure:
     return figure
 
 
-def _draw_per_class(folds: list[FitResult], final: FitResult) -> Figure:
+def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
     classes = sorted(final.classes, key=lambda name: final.report[name]["f1-score"])
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(classes)), layout="constrained")
+    figure = new_figure(8, 1.5 + 0.4 * len(classes))
     plot = figure.subplots()
     for place, name in enumerate(classes):
         scores = [fold.report[name]["f1-score"] for fold in folds]
@@ -103,10 +113,10 @@ def _draw_per_class(folds: list[FitResult], final: FitResult) -> Figure:
     return figure
 
 
-def _draw_confusion_matrix(final: FitResult) -> Figure:
+def _draw_confusion_matrix(final: FitResult) -> "Figure":
     counts = np.array(final.confusion)
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(10, 9), layout="constrained")
+    figure = new_figure(10, 9)
     plot = figure.subplots()
     image = plot.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     for (row, column), count in np.ndenumerate(counts):
@@ -122,9 +132,9 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     return figure
 
 
-def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
+def _draw_mistakes(mistakes: list[Mistake]) -> "Figure":
     columns, rows = 6, max(1, -(-len(mistakes) // 6))
-    figure = Figure(figsize=(11, 0.8 + 2.3 * rows), layout="constrained")
+    figure = new_figure(11, 0.8 + 2.3 * rows)
     figure.suptitle("The surest mistakes on the test images" if mistakes else "No mistake on the test images")
     for place, plot in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         plot.set_axis_off()

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from experiment.console import path_from_here, say, warn
-from experiment.errors import RunError
+from experiment.errors import RunError, beside_the_run
 from experiment.settings import TrainingConfig
 from train_utils import Fit
 
@@ -71,10 +71,11 @@ class RunDirectory:
         if (path / "results.json").exists():
             return False
         self._lock = FileLock(path / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            return False
+        with beside_the_run("a lock"):  # not every network file system has them
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                return False
         if (path / "results.json").exists():  # finished by another process between the two lines above
             self._unlock(path)
             return False
@@ -96,7 +97,8 @@ class RunDirectory:
                 number += 1
                 continue
             self._lock = FileLock(path / ".lock")
-            self._lock.acquire()
+            with beside_the_run("a lock"):
+                self._lock.acquire()
             return path
 
     def load_checkpoint(self, fit_name: str) -> dict[str, Any] | None:

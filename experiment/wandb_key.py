@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-
 import wandb
+
 from experiment.console import warn
 from experiment.errors import ConfigurationError, RunError
 
@@ -20,8 +20,8 @@ SERVER_TIMEOUT_SECONDS = 5
 def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str, str | None]:
     """Return the W&B mode ("online", "offline" or "disabled") and, where it is online, the API key.
 
-    The environment variable WANDB_MODE, W&B's own, wins over `mode`; "auto" is online with a key and offline without.
-    A trial of a sweep is online or not at all.
+    W&B's own environment variables WANDB_DISABLED and WANDB_MODE win over `mode`, in this order; "auto" is online with
+    a key and offline without. A trial of a sweep is online or not at all.
 
     Raises
     ------
@@ -32,6 +32,8 @@ def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str,
         In a sweep, if the server does not answer as it should.
     """
     mode = (os.environ.get("WANDB_MODE") or mode).replace("dryrun", "offline")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        mode = "disabled"
     if in_sweep and mode in ("offline", "disabled"):
         raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
     if mode in ("offline", "disabled"):

@@ -1,16 +1,17 @@
 """Weights & Biases: the K + 1 runs and what is logged to them."""
 
-import contextlib
 import os
 import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import wandb
+
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here, say, warn
 from experiment.results import ExperimentResult, FitResult
@@ -20,13 +21,15 @@ from experiment.wandb_sweep import Sweep
 
 FINISH_TIMEOUT_SECONDS = 30
 SWEEP_METRIC = "cross_validation/accuracy_mean"
+FOLDER_VARIABLES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
 
 
 class WandbRuns:
     """The W&B runs of one experiment, one a fit, all open at once in this process.
 
-    Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole, but
-    for a sweep's trial; where its files cannot be written either, the rest is not logged. A line says so.
+    Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole;
+    where its folder does, in the experiment's own; where that fails too, the rest is not logged. A line says so. A
+    sweep's trial is not written anew.
 
     Parameters
     ----------
@@ -56,12 +59,11 @@ class WandbRuns:
         self._runs: dict[str, wandb.Run] = {}
         self._logged: dict[str, int] = {}  # rows of the history
         self._trained = self._finished = False
-        folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder if os.access(folder, os.W_OK) else experiment.path  # W&B would take a temporary one
-        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # else it writes in the user's home
+        self._folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
+        for variable in FOLDER_VARIABLES:  # else it writes in the user's home
             os.environ.setdefault(variable, str(self._folder / "wandb" / ".wandb"))
+        if mode != "disabled" and not self._has_room():
+            self._move()  # W&B would take a temporary folder
         os.environ.setdefault("WANDB_SILENT", "true")  # we say ourselves where the runs go
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait for a server that is gone
         os.environ.setdefault("WANDB_HTTP_TIMEOUT", "10")
@@ -115,6 +117,7 @@ class WandbRuns:
                 _log_pictures_and_model(self._runs["final"], result, result.final)
             if error := self._finish_all(0, failed):
                 raise error
+            self._check_files()
             self._finished = True
 
         self._try(log_and_close)
@@ -130,21 +133,50 @@ class WandbRuns:
             except Exception as error:  # of whatever type: for one, what the system's file operations raise
                 self._finish_all(1)
                 self._runs = {}
-                reason = str(error) if isinstance(error, ConnectionError) else type(error).__name__
-                self._go_down(reason)
+                self._go_down(str(error) if isinstance(error, ConnectionError) else type(error).__name__)
 
     def _go_down(self, reason: str) -> None:
+        folder = path_from_here(self._folder / "wandb")
         if self.mode == "online" and self._sweep:
-            warn(f"W&B: {server_url()} fails ({reason}), so the sweep does not get this trial.")
+            what = server_url() if self._has_room() else folder
+            warn(f"W&B: {what} fails ({reason}), so the sweep does not get this trial.")
             self.mode = "disabled"
-        elif self.mode == "online":
+            return
+        if self.mode == "online" and self._has_room():
             warn(f"W&B: {server_url()} fails ({reason}), so this run is logged offline.")
-            wandb.teardown()  # else W&B holds the ids of these runs for taken
-            self.mode = "offline"
+        elif self._folder != self._experiment.path:
+            self._move()
+            where = path_from_here(self._folder / "wandb")
+            warn(f"W&B: {folder} cannot be written ({reason}), so this run is logged offline, in {where}.")
         else:
-            folder = path_from_here(self._folder / "wandb")
             warn(f"W&B: {folder} cannot be written ({reason}), so this run is not logged any more.")
             self.mode = "disabled"
+            return
+        self.mode = "offline"
+        wandb.teardown()  # else W&B holds the ids of these runs for taken
+
+    def _move(self) -> None:
+        """Let W&B write into the experiment's own folder."""
+        self._folder = self._experiment.path
+        for variable in FOLDER_VARIABLES:
+            os.environ[variable] = str(self._folder / "wandb" / ".wandb")
+
+    def _has_room(self) -> bool:
+        """Return whether W&B can write its files: permissions do not tell of a disk that is full."""
+        try:
+            for folder in (self._folder, Path(os.environ["WANDB_DATA_DIR"])):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(2**20))
+        except OSError:
+            return False
+        return True
+
+    def _check_files(self) -> None:
+        """Raise if an offline run is not whole on the disk: W&B says nothing of what it cannot write while it logs."""
+        folders = [Path(run.dir).parent for run in self._runs.values()]
+        if self.mode == "offline" and not (all(list(each.glob("*.wandb")) for each in folders) and self._has_room()):
+            raise OSError
 
     def _open_all(self) -> None:
         for name in self._history:
