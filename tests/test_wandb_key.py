@@ -1,0 +1,173 @@
+"""The API key: where it is found, in which forms, what is no key, and whether W&B is online."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import KEY, REPOSITORY, Configure
+from wandb_server import WandbServer
+
+import main_tutorial
+from experiment.errors import ConfigurationError
+from experiment.wandb_key import choose_mode, find_api_key
+
+LONG_KEY = "wandb_v1_" + "aB3" * 25 + "_9"  # of 86 characters, as they are today
+
+
+def test_a_refused_key_is_a_configuration_error_that_names_its_source(
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, WANDB_MODE="online").main()
+    output = "".join(capfd.readouterr())
+    assert stop.value.code == 2
+    assert "environment variable WANDB_API_KEY" in output and "f" * 40 not in output
+    assert "epoch" not in output and not (tmp_path / "runs").exists()
+
+
+def test_a_server_that_answers_500_is_replaced_by_offline(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.fail()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+    assert "HTTP status 500" in capfd.readouterr().err
+
+
+def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.hang()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    started = time.monotonic()
+    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+    assert time.monotonic() - started < 30
+
+
+def test_a_server_that_is_not_there_is_replaced_by_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+    assert "does not answer" in capfd.readouterr().err
+
+
+def test_the_environment_variable_wandb_mode_wins_over_the_constant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert choose_mode("disabled", tmp_path / "none")[0] == "offline"
+
+
+def test_online_without_a_key_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no API key"):
+        choose_mode("online", tmp_path / "none")
+
+
+def test_the_environment_comes_before_the_file_and_the_file_before_netrc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "home" / ".netrc").write_text("machine example.org login user password third\n")
+    (tmp_path / "home" / ".netrc").chmod(0o600)
+    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "third"
+    (tmp_path / "key").write_text("#first\n  \nsecond\n")
+    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "second"
+    monkeypatch.setenv("WANDB_API_KEY", "first")
+    assert find_api_key(tmp_path / "key", "https://example.org")[0] == "first"
+
+
+def test_the_committed_key_file_holds_only_comments() -> None:
+    show = ["git", "show", "HEAD:wandb_api_key.txt"]
+    text = subprocess.run(show, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert "skip-worktree" in text
+    assert all(line.startswith("#") for line in text.splitlines() if line.strip())
+    assert not re.search(r"[0-9a-zA-Z_]{32,}", text)
+
+
+FORMS = {
+    "bare": KEY,
+    "spaces": f"  {KEY} \r\n",
+    "quotes": f'"{KEY}"',
+    "single quotes": f"'{KEY}'\n",
+    "assignment": f"WANDB_API_KEY={KEY}\n",
+    "spaced assignment": f"WANDB_API_KEY = '{KEY}'",
+    "export": f'export WANDB_API_KEY="{KEY}"\n',
+    "set": f"set WANDB_API_KEY={KEY}\r\n",
+    "PowerShell's assignment": f'$env:WANDB_API_KEY="{KEY}"',
+    "comments": f"# mine\n\n{KEY}\n",
+    "two lines": f"{KEY}\n{'f' * 40}\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_is_read_in_every_form_that_it_is_kept_in(form: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(FORMS[form].encode(encoding))
+    assert find_api_key(tmp_path / "key", "https://example.org") == (KEY, str(tmp_path / "key"))
+
+
+def test_big_endian_utf_16_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xfe\xff" + KEY.encode("utf-16-be"))
+    assert find_api_key(tmp_path / "key", "https://example.org")[0] == KEY
+
+
+def test_quotes_in_the_environment_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", f'"{KEY}"')
+    assert find_api_key(tmp_path / "key", "https://example.org")[0] == KEY
+
+
+@pytest.mark.parametrize("key", [KEY, LONG_KEY, f"local-{KEY}"])
+def test_old_long_and_local_keys_are_online(key: str, server: WandbServer, tmp_path: Path) -> None:
+    server.key = key
+    (tmp_path / "key").write_text(f"{key}\n")
+    assert choose_mode("auto", tmp_path / "key") == ("online", key)
+
+
+JUNK = {
+    "two words": f"{KEY} secret",
+    "HTML": f"<html><body>{KEY}</body></html>",
+    "a sentence": "Please put your secret W&B key into this very file, on a line of its own.",
+    "letters that are not ASCII": "\u0455ecret" * 8,
+    "binary": "\x00\x01secret" * 8,
+    "a short word": "secret",
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_is_no_key_is_neither_sent_nor_shown(
+    junk: str, mode: str, configure: Configure, server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key.txt").write_text(JUNK[junk], encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, WANDB_MODE=mode, WANDB_API_KEY_PATH=tmp_path / "key.txt").main()
+    printed = "".join(capfd.readouterr())
+    assert stop.value.code == 2 and "key.txt does not hold an API key" in printed
+    assert "ecret" not in printed and KEY not in printed
+    assert server.posts == 0 and not (tmp_path / "runs").exists()
+
+
+def test_a_key_path_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="WANDB_API_KEY_PATH.*cannot be read .Is a directory"):
+        choose_mode("auto", tmp_path)
+
+
+def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "key").symlink_to("/proc/self/mem")  # which not even root can read from its start
+    with pytest.raises(ConfigurationError, match="WANDB_API_KEY_PATH.*cannot be read"):
+        choose_mode("auto", tmp_path / "key")
+
+
+@pytest.mark.parametrize("value", ["true", "True", "1"])
+def test_wandb_disabled_disables(value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_mode("online", tmp_path / "none") == ("disabled", None)
