@@ -91,6 +91,42 @@ def test_packed_files_beside_the_unpacked_ones_are_unpacked(raw: Path, digits: D
     assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+def test_files_named_with_a_dot_are_taken_as_they_lie(raw: Path, digits: Dataset, packed: bool) -> None:
+    for name in data_utils.FILE_KINDS:
+        content = (raw / name).read_bytes()
+        (raw / name).unlink()
+        dotted = raw / (name.replace("-idx", ".idx") + ".gz" * packed)
+        dotted.write_bytes(gzip.compress(content) if packed else content)
+    given = {path.name: path.read_bytes() for path in raw.iterdir()}
+    assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
+    assert given.items() <= {path.name: path.read_bytes() for path in raw.iterdir()}.items()
+
+
+def test_a_damaged_file_named_with_a_dot_is_named_so(raw: Path) -> None:
+    dotted = raw / TRAIN_IMAGES.replace("-idx", ".idx")
+    (raw / TRAIN_IMAGES).rename(dotted)
+    dotted.write_bytes(dotted.read_bytes()[:-1])
+    with pytest.raises(DatasetError, match=f"{dotted.name} is damaged.*Delete"):
+        load_dataset("FashionMNIST", raw.parents[1])
+
+
+@pytest.mark.parametrize("place", [".", "FashionMNIST"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_files_that_lie_beside_their_place_are_said_to(raw: Path, no_network: None, place: str, ending: str) -> None:
+    data_dir = raw.parents[1]
+    for name in data_utils.FILE_KINDS:
+        (raw / name).rename(data_dir / place / (name + ending))
+    with pytest.raises(DatasetError, match=f"Copy its four files .* there from {data_dir / place}, or"):
+        load_dataset("FashionMNIST", data_dir)
+
+
+def test_a_data_folder_that_is_a_file_is_named(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "data").write_text("no folder")
+    with pytest.raises(DatasetError, match=f"could not be downloaded .*{tmp_path / 'data'}"):
+        load_dataset("FashionMNIST", tmp_path / "data")
+
+
 def test_debians_package_fills_an_empty_folder(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:

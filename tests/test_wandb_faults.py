@@ -56,7 +56,7 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         monkeypatch.setenv(name, str(folder / "wandb" / ".wandb"))
     yield folder
     while folder.is_mount():
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)  # lazily: W&B may not have ended yet
 
 
 def strike(moment: str, fault: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
