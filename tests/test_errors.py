@@ -34,7 +34,7 @@ def test_a_standard_output_that_is_no_file_will_do(configure: Configure) -> None
 
 
 OPTIONS = "--dataset Digits --folds 2 --epochs 1 --wandb-mode disabled --workers 2"
-COMMAND = f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} --runs-dir runs"
+COMMAND = f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} "
 
 
 def assert_finished(tmp_path: Path, figures: bool = True) -> None:
@@ -58,7 +58,13 @@ def assert_finished(tmp_path: Path, figures: bool = True) -> None:
     ids=["a pipe that is closed", "full", "both full", "no output", "no errors", "nothing at all"],
 )
 def test_standard_streams_that_fail_do_not_end_the_run(command: str, tmp_path: Path) -> None:
-    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(
+        ["bash", "-c", command.replace("RUNS", str(tmp_path / "runs"))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ended.returncode == 0 and ended.stderr == ""
     assert_finished(tmp_path)
 
@@ -67,7 +73,14 @@ def test_standard_streams_that_fail_do_not_end_the_run(command: str, tmp_path: P
 def test_what_others_set_in_the_environment_does_not_end_the_run(tmp_path: Path) -> None:
     others = {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
     environment = os.environ | others | {"HOME": "/nonexistent"}
-    ended = subprocess.run(COMMAND.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(
+        COMMAND.replace("RUNS", str(tmp_path / "runs")).split(),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ended.returncode == 0 and ended.stderr == ""
     assert_finished(tmp_path)
 
@@ -75,7 +88,14 @@ def test_what_others_set_in_the_environment_does_not_end_the_run(tmp_path: Path)
 @pytest.mark.slow
 def test_a_strange_backend_of_matplotlibs_costs_the_figures_alone(tmp_path: Path) -> None:
     environment = os.environ | {"MPLBACKEND": "nonsense"}
-    ended = subprocess.run(COMMAND.split(), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(
+        COMMAND.replace("RUNS", str(tmp_path / "runs")).split(),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ended.returncode == 0 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("Without the figures: ValueError: Key backend: 'nonsense'")
     assert_finished(tmp_path, figures=False)
@@ -89,7 +109,9 @@ def test_a_terminal_that_goes_away_ends_the_run_unless_under_nohup(ignored: bool
     if child == 0:
         os.chdir(tmp_path)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        os.execv(sys.executable, COMMAND.replace("--epochs 1", "--epochs 15").split())
+        os.execv(
+            sys.executable, COMMAND.replace("--epochs 1", "--epochs 15").replace("RUNS", str(tmp_path / "runs")).split()
+        )
     shown = b""
     while b"\r\n     1" not in shown:
         shown += os.read(terminal, 1000)
