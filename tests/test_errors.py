@@ -34,7 +34,9 @@ def test_a_standard_output_that_is_no_file_will_do(configure: Configure) -> None
 
 
 OPTIONS = "--dataset Digits --folds 2 --epochs 1 --wandb-mode disabled --workers 2"
-COMMAND = f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} "
+COMMAND = (
+    f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} --runs-dir=RUNS"  # RUNS is replaced by the test's
+)
 
 
 def assert_finished(tmp_path: Path, figures: bool = True) -> None:
