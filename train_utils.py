@@ -233,8 +233,9 @@ def _forward_fast(self: nn.Sequential, images: Tensor) -> Tensor:
         layer = layers.popleft()
         is_relu = type(layer) is nn.ReLU and not layer.inplace
         if is_relu and layers and type(layers[0]) is nn.MaxPool2d and not layers[0].return_indices:
-            images = layers.popleft()(images)
-        images = layer(images)
+            images = torch.threshold(layers.popleft()(images), 0, 0)  # ReLU, whose result may be changed in place
+        else:
+            images = layer(images)
         if is_relu and images.requires_grad and images.dim() == 4 and images.is_contiguous(memory_format=CHANNELS_LAST):
             images.register_hook(lambda gradient: gradient.contiguous(memory_format=CHANNELS_LAST))
     return images

@@ -196,6 +196,20 @@ def test_any_network_of_sequentials_gives_the_bits_of_its_plain_forward(
         assert torch.equal(built(batch), plain(batch))
 
 
+@pytest.mark.parametrize("in_place", [nn.ReLU(inplace=True), nn.Dropout(0.3, inplace=True)])
+@pytest.mark.parametrize("within", [True, False], ids=["in the same Sequential", "behind it"])
+def test_what_comes_after_pooling_may_work_in_place(in_place: nn.Module, within: bool) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(676, 10))
+    network = nn.Sequential(*stack, in_place, *head) if within else nn.Sequential(stack, in_place, head)
+    network = network.to(memory_format=torch.channels_last)
+    batch = torch.randn(8, 1, 28, 28)
+    theirs = logits_and_gradients(copy.deepcopy(network), batch, torch.float32)
+    ours = logits_and_gradients(build_network(lambda: copy.deepcopy(network), CPU), batch, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
 def test_a_built_network_is_printed_and_saved_as_its_class_has_it(model_class: type[nn.Module]) -> None:
     torch.manual_seed(0)
