@@ -126,22 +126,23 @@ def _receive(pipe: IO[bytes]) -> bytes:
 
 def serve() -> None:
     """Be a worker: answer the calls from standard input on standard output until the parent is gone."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a network prints goes to standard error, not among the answers
+    incoming, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a network that asks for input gets none of the calls
+    os.dup2(2, 1)  # and what it prints goes to standard error, not among the answers
     sys.stdout = sys.stderr
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_take_calls, args=(calls,), daemon=True).start()
+    threading.Thread(target=_take_calls, args=(incoming, calls), daemon=True).start()
     while True:
         answer = _answer(calls.get())
         with contextlib.suppress(OSError):  # no parent, no answer
             _send(answers, answer)
 
 
-def _take_calls(calls: queue.SimpleQueue[bytes]) -> None:
-    """Take calls from standard input, also while an epoch is computed: at its end the parent is gone, and so are we."""
+def _take_calls(incoming: IO[bytes], calls: queue.SimpleQueue[bytes]) -> None:
+    """Take calls from the parent, also while an epoch is computed: at its end the parent is gone, and so are we."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            calls.put(_receive(sys.stdin.buffer))
+            calls.put(_receive(incoming))
     os._exit(1)
 
 
