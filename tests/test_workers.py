@@ -157,22 +157,24 @@ def test_an_argument_that_cannot_be_sent_is_an_exception_and_no_death(pool: Work
     assert_the_pool_works(pool, without=os.getpid())
 
 
-def test_what_is_printed_does_not_get_among_the_answers(
-    capfd: pytest.CaptureFixture[str], pool: WorkerProcesses
-) -> None:
-    def talk() -> str:
-        print("said by Python", flush=True)
-        os.write(1, b"said by C\n")
-        os.system("echo said by a program")
-        return "answer"
+TALK = """
+import os
+from experiment.workers import WorkerProcesses
 
-    assert pool.submit(talk).result(timeout=30) == "answer"
-    output, errors = capfd.readouterr()
-    assert output == "" and [line for line in errors.splitlines() if line.startswith("said")] == [
-        "said by Python",
-        "said by C",
-        "said by a program",
-    ]
+def talk():
+    print("said by Python", flush=True)
+    os.write(1, b"said by C\\n")
+    os.system("echo said by a program")
+    return "answer"
+
+with WorkerProcesses(1) as pool:
+    print(pool.submit(talk).result())
+"""
+
+
+def test_what_is_printed_goes_to_standard_error_and_not_among_the_answers(tmp_path: Path) -> None:
+    output, errors = start_python(tmp_path, "-c", TALK).communicate(timeout=30)
+    assert (output, errors) == ("answer\n", "said by Python\nsaid by C\nsaid by a program\n")
 
 
 def test_a_call_that_reads_standard_input_takes_no_call_away(pool: WorkerProcesses) -> None:
