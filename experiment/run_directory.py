@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import re
 import time
 import uuid
 import zipfile
@@ -186,15 +187,25 @@ def _source_of(network: nn.Module) -> str:
 def _class_source(each: type) -> str:
     try:
         return inspect.getsource(each)
-    except (OSError, TypeError):  # from an interactive shell or a notebook: what its functions were compiled to
-        functions = [value for value in vars(each).values() if isinstance(value, FunctionType)]
-        return f"{each.__qualname__}: {[_describe_code(function.__code__) for function in functions]}"
+    except (OSError, TypeError):  # from an interactive shell or a notebook: what it was compiled to
+        own = {name: value for name, value in vars(each).items() if callable(value) or not name.startswith("__")}
+        return f"{each.__qualname__}: {[(name, _describe(own[name])) for name in sorted(own)]}"
 
 
-def _describe_code(code: CodeType) -> str:
-    """Return byte code, names and constants; the same in two processes, unlike what `marshal` writes."""
-    constants = [_describe_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
-    return f"{code.co_name} {code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
+def _describe(value: Any) -> str:
+    """Return what a value is in words that are the same in two processes: no address, and a set's members in order."""
+    if isinstance(value, property):
+        value = (value.fget, value.fset)
+    value = getattr(value, "__func__", value)  # of a class method or a static one
+    if isinstance(value, FunctionType):
+        value = (value.__code__, value.__defaults__, value.__kwdefaults__)
+    if isinstance(value, CodeType):
+        value = (value.co_name, value.co_code.hex(), value.co_names, value.co_varnames, value.co_consts)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_describe, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_describe, value)))}}}"
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def save_atomically(path: Path, content: bytes) -> None:

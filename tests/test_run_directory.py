@@ -1,11 +1,14 @@
 """A run's folder: what goes on in it after a kill, what starts anew, and what is never touched."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SETTINGS, Configure, Start, computed, finish, run_dirs, saved_epochs
+from conftest import REPOSITORY, SETTINGS, Configure, Start, computed, finish, run_dirs, saved_epochs
 
 import main_tutorial
 from experiment.run_directory import RunDirectory
@@ -107,3 +110,64 @@ def test_two_runs_started_at_once_do_not_share_a_directory(
     outputs = [finish(process)[0] for process in both]
     assert sum("Going on with" in output for output in outputs) == 1
     assert [computed(path) for path in run_dirs(tmp_path)] == [undisturbed] * 2
+
+
+TYPED = """
+from torch import nn
+
+def helper(scale=1):
+    return scale
+
+class Typed(nn.Module):
+    width = 20
+    kinds = {"one", "two", "three"}
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    @staticmethod
+    def known(word):
+        return word in {"four", "five", "six"}
+
+    @property
+    def doubled(self):
+        return [2 * number for number in range(self.width)]
+
+    helper = helper
+    function = print
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+"""
+CHANGES = [
+    ("width = 20", "width = 21"),
+    ('"three"', '"thirty"'),
+    ("depth=3", "depth=4"),
+    ('"six"', '"seven"'),
+    ("2 * number", "3 * number"),
+    ("scale=1", "scale=2"),
+    ("flatten(1)", "flatten(-3)"),
+]
+
+
+def sources(typed: list[str], seed: int) -> list[str]:
+    """Return what stands for the source of classes typed into a shell, in a process with that seed for its hashes."""
+    code = "\n".join(
+        [
+            "import json, sys; from experiment.run_directory import _source_of; found = []",
+            "for typed in json.load(sys.stdin): exec(typed); found.append(_source_of(Typed()))",
+            "print(json.dumps(found))",
+        ]
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", code]
+    return json.loads(subprocess.check_output(command, input=json.dumps(typed), text=True, env=environment))
+
+
+def test_what_stands_for_a_source_is_the_same_in_two_processes_and_changes_with_the_code() -> None:
+    typed = [TYPED, *(TYPED.replace(before, after) for before, after in CHANGES)]
+    first, second = sources(typed, 1), sources(typed, 2)
+    assert first == second
+    assert len(set(first)) == 1 + len(CHANGES)
+    assert "0x" not in "".join(first)
