@@ -160,8 +160,8 @@ class WandbServer:
             sweep = {"name": sweep_id, "project": project}
             return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": warnings}}
         if "SweepWithRuns" in query:
-            sweep = self.sweeps.get(variables["sweep"])
-            found = sweep and {"config": yaml.dump(sweep["config"]), "runs": {"edges": []}}
+            known = self.sweeps.get(variables["sweep"])
+            found = known and {"config": yaml.dump(known["config"]), "runs": {"edges": []}}
             return {"project": {"sweep": found}}
         if "createAgent" in query:
             return {"createAgent": {"agent": {"id": variables["sweep"]}}}  # so that its heartbeats name the sweep
@@ -224,7 +224,7 @@ class WandbServer:
     def _as_the_engine_sees_it(self, sweep_id: str, run_id: str, trial: sweeps.SweepRun) -> sweeps.SweepRun:
         run = self.runs.get(run_id, {})
         if run.get("sweep") != sweep_id:  # it never came, or as no part of the sweep
-            return trial.copy(update={"state": "crashed"})
+            return trial.model_copy(update={"state": "crashed"})
         return sweeps.SweepRun(
             state={None: "crashed", 0: "finished"}.get(run.get("exit_code"), "failed"),
             config={name: {"value": value} for name, value in run["config"].items()},
