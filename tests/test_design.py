@@ -1,12 +1,15 @@
 """The house: which room may import which, how large a file may grow, and how light a worker is."""
 
 import ast
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, start_python
+from conftest import REPOSITORY, make_fit, start_python
+
+from data_utils import load_dataset
 
 FILES = sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("experiment/*.py")])
 LEVELS = ["main_cnn main_tutorial", "experiment.run", "experiment.*", "train_utils", "data_utils"]
@@ -82,3 +85,20 @@ def test_a_run_prints_nothing_on_standard_error(home: bool, tmp_path: Path, monk
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 0 and errors == ""
     assert "wandb sync" in output
+
+
+def test_a_worker_that_has_trained_is_light(tmp_path: Path) -> None:
+    load_dataset("Digits", tmp_path)  # which takes scikit-learn, once
+    fit = make_fit(DATA_DIR=tmp_path, EPOCHS=1)
+    code = f"""
+import pickle, sys, train_utils
+train_utils.run_epoch(pickle.loads({pickle.dumps(fit)!r}), 1, None)
+print(*(set({HEAVY!r}.split()) & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+def test_only_what_a_reader_came_for_stands_at_the_root() -> None:
+    at_the_root = {module for module in MODULES if not module.startswith("experiment")}
+    assert at_the_root == {"main_cnn", "main_tutorial", "models", "train_utils", "data_utils"}
