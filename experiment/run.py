@@ -117,8 +117,8 @@ def try_network(model_class: Callable[[], nn.Module], config: TrainingConfig) ->
     Exception
         What the network itself raises, with its own line as the last of the traceback.
     """
-    device = torch.device(resolve_device(config.device))
-    precision = getattr(torch, resolve_precision(config.precision, device.type))
+    device = torch.device(name := resolve_device(config.device))
+    precision = getattr(torch, resolve_precision(config.precision, name))
 
     def check(_network: nn.Module, _images: Any, logits: Any) -> None:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
