@@ -118,7 +118,7 @@ def text_of(before: Run, after: Run) -> str:
     count = len(figures["accuracy"][0])
     some = f", over the {count} of {folds} folds that both have" if count < folds else ""
     lines = [f"Against {path_from_here(before.path)}{some}", *_changes(before.identity, after.identity)]
-    if all(old == new for old, new in figures.values()):
+    if "loss" in figures and all(old == new for old, new in figures.values()):
         lines, figures = [*lines, "  the same in every fold, to the bit"], {}
     for name in [name for name in ("accuracy", "loss") if name in figures]:
         old, new = figures.pop(name)
@@ -181,7 +181,7 @@ def find_run(name: str, runs_dir: Path) -> Run:
 def main() -> None:
     """Compare the runs that are named, or the two newest that are comparable."""
     parser = ArgumentParser("python -m experiment.compare", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders or beginnings of their names (default: the two newest)")
+    parser.add_argument("runs", nargs="*", help="folders or name beginnings; all against the first (default: newest 2)")
     parser.add_argument("--runs-dir", type=Path, default=PROJECT_DIR / "runs", help="where the runs lie")
     arguments = parser.parse_args()
     with user_errors():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Configure, start_python
 from PIL import Image
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 import main_tutorial
 from experiment.compare import (
@@ -103,7 +103,7 @@ def before(tmp_path: Path) -> Path:
 
 
 def test_a_repetition_is_said_to_be_the_same_to_the_bit(before: Path, tmp_path: Path) -> None:
-    lines = compared(before, make_run(tmp_path / "after")).splitlines()
+    lines = compared(before, make_run(tmp_path / "after", digest="another")).splitlines()
     assert lines[0].endswith("before") and lines[1:] == ["  the same in every fold, to the bit"]
 
 
@@ -131,6 +131,18 @@ def test_only_the_folds_that_both_have_are_compared_and_the_text_says_so(before:
     text = compared(before, make_run(tmp_path / "after", [*BETTER[:4], np.nan]))
     assert "over the 4 of 5 folds that both have" in text and "in 4 of 4 folds" in text
     assert f"{BASE[:4].mean():.4f} → {BETTER[:4].mean():.4f}" in text
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400])
+def test_a_fold_whose_figures_are_not_finite_has_diverged(figure: str, before: Path, tmp_path: Path) -> None:
+    results = (before / "results.json").read_text()
+    (before / "results.json").write_text(results.replace(str(BASE[0]), figure, 1))
+    assert "over the 4 of 5 folds" in compared(before, make_run(tmp_path / "after", BETTER))
+
+
+def test_a_run_of_more_folds_than_it_says_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="it does not say what its folds are"):
+        read_run(make_run(tmp_path / "run", folds=4))
 
 
 def test_folds_that_diverged_but_for_one_leave_nothing_to_compare(before: Path, tmp_path: Path) -> None:
@@ -263,6 +275,21 @@ def test_a_run_without_losses_or_reports_is_compared_as_far_as_it_goes(before: P
     write_json(before / "results.json", content)
     (accuracy,) = compared(before, make_run(tmp_path / "after", BETTER)).splitlines()[1:]
     assert "better" in accuracy
+    assert "to the bit" not in compared(before, make_run(tmp_path / "again"))
+
+
+def test_classes_that_hardly_changed_are_not_named(before: Path, tmp_path: Path) -> None:
+    assert "F1" not in compared(before, make_run(tmp_path / "after", BASE + 0.0002))
+
+
+def test_the_figure_shows_each_folds_difference_and_the_corrected_interval(before: Path, tmp_path: Path) -> None:
+    (plot,) = draw(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).axes
+    assert [label.get_text() for label in plot.get_yticklabels()] == ["accuracy", "F1 of Coat", "F1 of Shirt"]
+    interval, points = plot.collections[0].get_paths()[0].vertices, np.asarray(plot.collections[1].get_offsets())
+    gains = BETTER - BASE
+    np.testing.assert_allclose(points[:5, 0], gains)
+    reach = t.isf(0.025, 4) * gains.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
+    np.testing.assert_allclose(np.asarray(interval)[:, 0], [gains.mean() - reach, gains.mean() + reach])
 
 
 def test_the_final_fit_is_never_read(before: Path, tmp_path: Path) -> None:
@@ -306,6 +333,24 @@ def test_two_folds_need_thirteen_times_the_standard_error() -> None:
         assert (paired_difference([0, 0], [times * error - 0.005, times * error + 0.005], 2)[2] < 0.05) == better
 
 
+def test_differences_that_are_alike_but_for_rounding_have_no_p() -> None:
+    before = np.array([0.1, 0.3, 0.6, 0.9])
+    assert np.ptp((before + 0.01) - before) > 0
+    assert np.isnan(paired_difference(before.tolist(), (before + 0.01).tolist(), 4)[2])
+
+
+def test_no_difference_in_any_fold_is_what_chance_always_brings() -> None:
+    assert paired_difference([0.9, 0.8], [0.9, 0.8], 2) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("p", "better"), [(0.049, True), (0.051, False)])
+def test_better_needs_a_p_below_five_of_a_hundred(p: float, better: bool, before: Path, tmp_path: Path) -> None:
+    noise = NOISE - BASE - np.mean(NOISE - BASE)
+    gain = t.isf(p / 2, 4) * noise.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
+    text = compared(before, make_run(tmp_path / "after", BASE + noise + gain))
+    assert text.count(f"better (p = {p:.2g})") == (2 if better else 0) and text.count(f"p = {p:.2g}") == 2
+
+
 def test_differences_that_are_all_alike_tell_nothing(before: Path, tmp_path: Path) -> None:
     text = compared(before, make_run(tmp_path / "after", BASE + 0.01))
     assert text.count("no difference that these folds can tell (all folds differ alike, so there is no p)") == 2
@@ -314,10 +359,8 @@ def test_differences_that_are_all_alike_tell_nothing(before: Path, tmp_path: Pat
 @pytest.mark.parametrize("folds", [2, 5, 10])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlapping training sets", "independent errors"])
 def test_equal_recipes_are_called_different_in_at_most_six_of_a_hundred(folds: int, overlap: bool) -> None:
-    rng, share = (
-        np.random.default_rng(0),
-        (1 / folds if overlap else 0),
-    )  # of the variance that all folds have in common
+    rng = np.random.default_rng(0)
+    share = 1 / folds if overlap else 0  # of the variance that all folds have in common
     noise = rng.normal(size=(2000, folds)) * (1 - share) ** 0.5 + rng.normal(size=(2000, 1)) * share**0.5
     different = [paired_difference([0.0] * folds, gains, folds)[2] < 0.05 for gains in noise.tolist()]
     assert np.mean(different) <= 0.06
@@ -374,6 +417,12 @@ def test_a_beginning_that_several_names_have_is_refused_with_all_of_them(command
     make_run(before.parent / "before-2")
     errors, status = command("bef", "before")
     assert status == 2 and "before\n" in errors and "before-2\n" in errors
+
+
+def test_a_whole_name_is_that_runs_though_another_begins_so(command: Run, before: Path) -> None:
+    make_run(before.parent / "before-2", BETTER)
+    output, status = command("before", "before-2")
+    assert status == 0 and output.splitlines()[1].endswith("before")
 
 
 def test_a_name_that_no_run_has_is_refused(command: Run) -> None:
