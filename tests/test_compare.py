@@ -425,6 +425,14 @@ def test_a_whole_name_is_that_runs_though_another_begins_so(command: Run, before
     assert status == 0 and output.splitlines()[1].endswith("before")
 
 
+def test_a_name_is_found_from_within_the_runs_folder(
+    command: Run, before: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(before.parent / "after", BETTER)
+    monkeypatch.chdir(before.parent)
+    assert command("before", "after")[1] == 0
+
+
 def test_a_name_that_no_run_has_is_refused(command: Run) -> None:
     errors, status = command("before", "nowhere")
     assert status == 2 and "nowhere is no folder" in errors
