@@ -8,7 +8,6 @@ What this cannot tell: that a change does nothing (few folds see only large effe
 its ±); which of many trials helped (of twenty that do nothing, one is "better"); what other seeds or data would say.
 """
 
-import io
 import json
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -24,7 +23,7 @@ from scipy import stats
 from data_utils import PROJECT_DIR
 from experiment.console import path_from_here
 from experiment.errors import ConfigurationError, user_errors
-from experiment.figures import BLUE, ORANGE, new_figure
+from experiment.figures import BLUE, ORANGE, new_figure, png_of
 from experiment.run_directory import save_atomically
 
 if TYPE_CHECKING:
@@ -191,9 +190,8 @@ def main() -> None:
         if any(reasons := [reason_against(runs[0], run) for run in runs[1:]] or ["There are no two runs to compare."]):
             raise ConfigurationError("\n".join(filter(None, reasons)))
         print("\n\n".join(f"{path_from_here(run.path)}\n{text_of(runs[0], run)}" for run in runs[1:]))
-        picture, path = io.BytesIO(), max(runs, key=lambda run: run.finished).path / "compare.png"
-        draw(*runs).savefig(picture, format="png", dpi=min(110, 9000 / len(runs)))  # no more pixels than a PNG can have
-        save_atomically(path, picture.getvalue())
+        path = max(runs, key=lambda run: run.finished).path / "compare.png"
+        save_atomically(path, png_of(draw(*runs), min(110, 9000 / len(runs))))  # no more pixels than a PNG can have
         print(f"\nWorth opening:\n  {path_from_here(path)}")
 
 

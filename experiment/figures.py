@@ -26,12 +26,7 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
         figures["per_class.png"] = _draw_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
         figures["mistakes.png"] = _draw_mistakes(result.mistakes)
-    files = {}
-    for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        files[name] = picture.getvalue()
-    return files
+    return {name: png_of(figure) for name, figure in figures.items()}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -39,6 +34,13 @@ def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # not above, where it would end the run: it raises for a strange MPLBACKEND
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_of(figure: "Figure", dpi: float = 110) -> bytes:
+    """Return a figure as a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
 
 
 def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str]) -> str:
