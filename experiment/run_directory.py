@@ -1,5 +1,6 @@
 """A run's folder: checkpoints, the lock, going on with an unfinished run, and nothing half-written."""
 
+import contextlib
 import hashlib
 import inspect
 import io
@@ -84,7 +85,8 @@ class RunDirectory:
 
     def _unlock(self, path: Path) -> None:
         self._lock.release()
-        (path / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it could not be had, or is gone
+            (path / ".lock").unlink()
 
     def _make(self, runs_dir: Path, name: str) -> Path:
         """Make and lock a new directory; two runs that start at once never share one."""
