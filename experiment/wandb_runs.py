@@ -131,29 +131,31 @@ class WandbRuns:
                     self._open_all()
                 return step()
             except Exception as error:  # of whatever type: for one, what the system's file operations raise
-                self._finish_all(1)
-                self._runs = {}
                 self._go_down(str(error) if isinstance(error, ConnectionError) else type(error).__name__)
 
     def _go_down(self, reason: str) -> None:
+        """Say what is lost, give the runs up, and let the next ones be opened in the next mode or folder."""
         folder = path_from_here(self._folder / "wandb")
+        server_fails = self.mode == "online" and self._has_room()
         if self.mode == "online" and self._sweep:
-            what = server_url() if self._has_room() else folder
-            warn(f"W&B: {what} fails ({reason}), so the sweep does not get this trial.")
             self.mode = "disabled"
-            return
-        if self.mode == "online" and self._has_room():
-            warn(f"W&B: {server_url()} fails ({reason}), so this run is logged offline.")
+            lost = f"{server_url() if server_fails else folder} fails ({reason}), so the sweep does not get this trial."
+        elif server_fails:
+            self.mode = "offline"
+            lost = f"{server_url()} fails ({reason}), so this run is logged offline."
         elif self._folder != self._experiment.path:
+            self.mode = "offline"
             self._move()
             where = path_from_here(self._folder / "wandb")
-            warn(f"W&B: {folder} cannot be written ({reason}), so this run is logged offline, in {where}.")
+            lost = f"{folder} cannot be written ({reason}), so this run is logged offline, in {where}."
         else:
-            warn(f"W&B: {folder} cannot be written ({reason}), so this run is not logged any more.")
             self.mode = "disabled"
-            return
-        self.mode = "offline"
-        wandb.teardown()  # else W&B holds the ids of these runs for taken
+            lost = f"{folder} cannot be written ({reason}), so this run is not logged any more."
+        warn(f"W&B: {lost}")
+        self._finish_all(1)  # which takes a while where the server hangs
+        self._runs = {}
+        if self.mode == "offline":
+            wandb.teardown()  # else W&B holds the ids of these runs for taken
 
     def _move(self) -> None:
         """Let W&B write into the experiment's own folder."""
