@@ -26,7 +26,7 @@ import main_cnn
 import main_tutorial
 import train_utils
 from data_utils import load_dataset
-from experiment.results import ExperimentResult
+from experiment.results import ExperimentResult, FitResult
 from experiment.run import make_fits
 from experiment.settings import TrainingConfig
 from models import NeuralNetwork
@@ -209,6 +209,12 @@ def interrupt(start_script: Start, tmp_path: Path, number: int = signal.SIGKILL,
     wait_for(lambda: checkpoints(tmp_path), process)
     os.killpg(process.pid, number)
     return process.communicate(timeout=30)
+
+
+def all_fits(result: ExperimentResult) -> list[FitResult]:
+    """Return the folds and then the final fit of a run in which none has failed."""
+    assert result.final is not None
+    return [*result.folds, result.final]
 
 
 def run_once(script: ModuleType, folder: Path, **constants: Any) -> ExperimentResult:

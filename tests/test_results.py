@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import all_fits
 
 from experiment.results import ExperimentResult
 
@@ -13,6 +14,6 @@ def test_the_cross_validation_uses_the_sample_standard_deviation(cnn_result: Exp
 
 
 def test_the_report_has_three_figures_for_every_class(cnn_result: ExperimentResult) -> None:
-    for fit in [*cnn_result.folds, cnn_result.final]:
+    for fit in all_fits(cnn_result):
         for name in map(str, range(10)):
             assert {"precision", "recall", "f1-score"} <= fit.report[name].keys()

@@ -17,7 +17,8 @@ from experiment.run_directory import RunDirectory
 def test_a_killed_run_goes_on_and_ends_in_the_same_results(
     unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done, trained = saved_epochs(unfinished), []
+    done = saved_epochs(unfinished)
+    trained: list[None] = []
     script = configure(main_tutorial, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         save = RunDirectory.save_checkpoint

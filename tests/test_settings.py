@@ -19,7 +19,7 @@ ORDER = (
 ).split()
 
 
-GOOD = {
+GOOD: dict[str, list[Any]] = {
     "DATASET": ["MNIST", "FashionMNIST", "KMNIST", "Digits"],
     "FOLDS": [2, 100],
     "EPOCHS": [1, 10**6],
@@ -39,7 +39,7 @@ GOOD = {
 }
 
 
-BAD = {
+BAD: dict[str, list[Any]] = {
     "DATASET": ["CIFAR10", "digits", "", None, 1],
     "FOLDS": [1, 0, -5, True, 5.0, "5", None],
     "EPOCHS": [0, -1, True, 1.0, "1", None, float("nan"), float("inf")],
@@ -135,7 +135,7 @@ def test_a_path_of_bytes_is_refused(name: str) -> None:
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises((TypeError, ValueError)):
-        TrainingConfig(**TrainingConfig.from_constants(vars(main_cnn)).to_dict(), epoch=3)  # ty: ignore
+        TrainingConfig(**TrainingConfig.from_constants(vars(main_cnn)).to_dict(), epoch=3)  # type: ignore[call-arg]
 
 
 def test_all_bad_values_are_named_at_once() -> None:
@@ -154,7 +154,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_the_configuration_cannot_be_changed() -> None:
     config = TrainingConfig.from_constants(vars(main_cnn))
     with pytest.raises(AttributeError):
-        config.epochs = 1  # ty: ignore
+        config.epochs = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

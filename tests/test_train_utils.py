@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,22 +135,21 @@ def networks(draw: Any) -> nn.Sequential:
             size = nn.Sequential(*layers).eval()(torch.zeros(1, 1, 28, 28)).shape[-1]
             if kind in ("max", "average") and size < 4:
                 continue
-            layers.append(
-                {
-                    "norm": lambda channels=channels: nn.BatchNorm2d(channels),
-                    "relu": nn.ReLU,
-                    "inplace": lambda: nn.ReLU(inplace=True),
-                    "max": lambda: nn.MaxPool2d(
-                        draw(st.sampled_from([2, 3])),
-                        draw(st.sampled_from([None, 1, 2])),
-                        draw(st.sampled_from([0, 1])),
-                        ceil_mode=draw(st.booleans()),
-                    ),
-                    "average": lambda: nn.AvgPool2d(2),
-                    "dropout": lambda: nn.Dropout(0.3),
-                    "gelu": nn.GELU,
-                }[kind]()
-            )
+            make: dict[str, Callable[[], nn.Module]] = {
+                "norm": partial(nn.BatchNorm2d, channels),
+                "relu": nn.ReLU,
+                "inplace": lambda: nn.ReLU(inplace=True),
+                "max": lambda: nn.MaxPool2d(
+                    draw(st.sampled_from([2, 3])),
+                    draw(st.sampled_from([None, 1, 2])),
+                    draw(st.sampled_from([0, 1])),
+                    ceil_mode=draw(st.booleans()),
+                ),
+                "average": lambda: nn.AvgPool2d(2),
+                "dropout": lambda: nn.Dropout(0.3),
+                "gelu": nn.GELU,
+            }
+            layers.append(make[kind]())
         size = nn.Sequential(*layers).eval()(torch.zeros(1, 1, 28, 28)).shape[-1]
         if size < 5:
             break

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIGURES, KEY, Configure, nearly_full_disk, saved_epochs, slow
+from conftest import FIGURES, KEY, Configure, all_fits, nearly_full_disk, saved_epochs, slow
 from wandb_server import WandbServer
 
 import main_tutorial
@@ -27,7 +27,7 @@ def assert_arrived(server: WandbServer, result: ExperimentResult) -> None:
     """Compare all that the server holds with all that the run returned."""
     assert {run["name"] for run in server.runs.values()} == {"fold-1", "fold-2", "final"}
     assert len(server.runs) == 3
-    for fit in [*result.folds, result.final]:
+    for fit in all_fits(result):
         run = next(run for run in server.runs.values() if run["name"] == fit.name)
         assert run["group"] == result.run_dir.name
         assert run["job_type"] == ("final" if fit.name == "final" else "fold")
@@ -54,7 +54,7 @@ def assert_arrived(server: WandbServer, result: ExperimentResult) -> None:
     pictures = {content for content in server.artifact_files if content.startswith(b"\x89PNG")}
     assert len(pictures) == len(result.mistakes) > 0
     (model,) = [artifact for artifact in server.artifacts if artifact["artifactTypeName"] == "model"]
-    assert json.loads(model["metadata"])["test/accuracy"] == result.final.accuracy
+    assert json.loads(model["metadata"])["test/accuracy"] == all_fits(result)[-1].accuracy
     assert (result.run_dir / "model.pt").read_bytes() in server.artifact_files
 
 
@@ -238,7 +238,10 @@ def test_the_key_is_nowhere_that_it_was_not_before(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    constants = {"WANDB_MODE": "online", "WANDB_API_KEY_PATH": str(put_key(place, tmp_path, monkeypatch))}
+    constants: dict[str, Any] = {
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY_PATH": str(put_key(place, tmp_path, monkeypatch)),
+    }
     before = files_with_key(tmp_path)
     printed = ""
     if ending == "refused":

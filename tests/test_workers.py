@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,19 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+def slowly(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that lets another worker take the next call meanwhile."""
+
+    def call() -> Any:
+        time.sleep(0.3)
+        return function()
+
+    return call
+
+
 def assert_the_pool_works(pool: WorkerProcesses, without: int) -> None:
     """Both workers answer, and that process is none of them."""
-    futures = [pool.submit(lambda: (time.sleep(0.3), os.getpid())[1]) for _ in range(2)]
+    futures = [pool.submit(slowly(os.getpid)) for _ in range(2)]
     processes = {future.result(timeout=30) for future in futures}
     assert len(processes) == 2 and without not in processes
 
@@ -65,7 +75,7 @@ def test_what_no_other_process_can_import_is_sent_along(pool: WorkerProcesses) -
 
 
 def test_a_worker_is_in_a_session_of_its_own_where_ctrl_c_does_not_reach_it(pool: WorkerProcesses) -> None:
-    sessions = [pool.submit(lambda: (time.sleep(0.3), os.getsid(0), os.getpid())[1:]).result(30) for _ in range(2)]
+    sessions = [pool.submit(slowly(lambda: (os.getsid(0), os.getpid()))).result(30) for _ in range(2)]
     assert all(session == process != os.getsid(0) for session, process in sessions)
 
 
@@ -73,7 +83,7 @@ def test_an_idle_worker_that_is_killed_costs_one_call(pool: WorkerProcesses) -> 
     killed = pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: psutil.Process(killed).status() == psutil.STATUS_ZOMBIE)
-    futures = [pool.submit(lambda: (time.sleep(0.3), os.getpid())[1]) for _ in range(2)]
+    futures = [pool.submit(slowly(os.getpid)) for _ in range(2)]
     errors = [future.exception(timeout=30) for future in futures]
     assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
     assert_the_pool_works(pool, without=killed)
@@ -109,8 +119,8 @@ def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(
     monkeypatch.setattr(workers, "_receive", receive_late)
     future: Future[Any] = pool.submit(lambda: (os.getpid(), bytes(10**7)))
     wait_until(lambda: reading)
-    sending = [child for child in psutil.Process().children() if "pipe_write" in waits_for(child)]
-    assert len(sending) == 1
+    wait_until(lambda: any(map(is_sending, psutil.Process().children())))
+    sending = [child for child in psutil.Process().children() if is_sending(child)]
     sending[0].kill()
     killed.append(sending[0].pid)
     assert isinstance(future.exception(timeout=5), WorkerDiedError)
@@ -118,9 +128,9 @@ def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(
     assert_the_pool_works(pool, without=killed[0])
 
 
-def waits_for(process: psutil.Process) -> str:
-    """Return the functions of the kernel in which a process's threads sleep."""
-    return " ".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/wchan"))
+def is_sending(process: psutil.Process) -> bool:
+    """Return whether a thread of the process sleeps in the kernel until there is room in a pipe."""
+    return any("pipe_write" in path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/wchan"))
 
 
 def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: WorkerProcesses) -> None:
