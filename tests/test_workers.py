@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -74,6 +76,46 @@ def test_what_no_other_process_can_import_is_sent_along(pool: WorkerProcesses) -
     assert type(result) is Local and result.value == 6
 
 
+PROGRAM = """
+import os
+from experiment.workers import WorkerProcesses
+
+OFFSET = 40
+
+class Number:
+    def __init__(self, value):
+        self.value = value
+
+    def more(self):
+        return Number(OFFSET + self.value)
+
+class OwnError(Exception):
+    pass
+
+def compute(number):
+    if os.getpid() == parent:
+        raise AssertionError("computed in the parent")
+    return number.more()
+
+def fail():
+    raise OwnError("as planned")
+
+parent = os.getpid()
+with WorkerProcesses(1) as pool:
+    result, error = pool.submit(compute, Number(2)).result(), pool.submit(fail).exception()
+print(type(result) is Number, result.value, type(error) is OwnError, error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["-c", "a script without a guard", "standard input"])
+def test_what_the_running_program_defines_is_sent_along(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(PROGRAM)
+    arguments = {"-c": ["-c", PROGRAM], "standard input": ["-"]}.get(kind, ["script.py"])
+    run = start_python(tmp_path, *arguments, stdin=subprocess.PIPE)
+    output, errors = run.communicate(PROGRAM if kind == "standard input" else "", timeout=30)
+    assert (output, errors) == ("True 42 True as planned\n", "")
+
+
 def test_a_worker_is_in_a_session_of_its_own_where_ctrl_c_does_not_reach_it(pool: WorkerProcesses) -> None:
     sessions = [pool.submit(slowly(lambda: (os.getsid(0), os.getpid()))).result(30) for _ in range(2)]
     assert all(session == process != os.getsid(0) for session, process in sessions)
@@ -128,6 +170,37 @@ def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(
     assert_the_pool_works(pool, without=killed[0])
 
 
+def test_a_worker_that_is_killed_while_it_takes_a_call_costs_that_call_alone(pool: WorkerProcesses) -> None:
+    killed = pool.submit(os.getpid).result(timeout=30)
+    os.kill(killed, signal.SIGSTOP)
+    futures = [pool.submit(len, bytes(10**7)) for _ in range(2)]  # one call fills the pipe of the stopped worker
+    wait_until(lambda: any(future.done() for future in futures))
+    time.sleep(0.2)
+    os.kill(killed, signal.SIGKILL)
+    errors = [future.exception(timeout=30) for future in futures]
+    assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
+    assert_the_pool_works(pool, without=killed)
+
+
+def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(pool: WorkerProcesses) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    for _ in range(4):
+        futures = [pool.submit(slowly(lambda: os.kill(os.getpid(), 9))) for _ in range(2)]
+        assert all(isinstance(future.exception(timeout=30), WorkerDiedError) for future in futures)
+    after = {child.pid for child in psutil.Process().children()}
+    assert len(after) == len(before) and len(after - before) == 2
+    assert all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in after)
+
+
+@pytest.mark.parametrize("end", [sys.exit, os._exit], ids=["sys.exit", "os._exit"])
+def test_a_call_that_ends_its_process_costs_itself_alone(pool: WorkerProcesses, end: Callable[[int], None]) -> None:
+    ending = pool.submit(slowly(lambda: end(0)))
+    answer = pool.submit(slowly(slowly(lambda: 1)))
+    assert isinstance(ending.exception(timeout=30), WorkerDiedError)
+    assert answer.result(timeout=30) == 1
+    assert pool.submit(abs, -1).result(timeout=30) == 1
+
+
 def is_sending(process: psutil.Process) -> bool:
     """Return whether a thread of the process sleeps in the kernel until there is room in a pipe."""
     return any("pipe_write" in path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/wchan"))
@@ -143,7 +216,7 @@ def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: Work
     assert note.startswith("In a worker process:\nTraceback") and "in fail" in note
 
 
-def test_an_exception_that_cannot_be_sent_comes_back_in_words(pool: WorkerProcesses) -> None:
+def test_an_exception_that_cannot_be_taken_out_again_comes_back_in_words(pool: WorkerProcesses) -> None:
     class Odd(Exception):
         def __init__(self, one: int, two: int) -> None:  # what pickle gives back has one argument
             super().__init__(f"{one} and {two}")
@@ -153,6 +226,16 @@ def test_an_exception_that_cannot_be_sent_comes_back_in_words(pool: WorkerProces
 
     error = pool.submit(fail).exception(timeout=30)
     assert isinstance(error, RuntimeError) and "1 and 2" in str(error) and "in fail" in str(error)
+
+
+def test_an_exception_that_cannot_be_pickled_comes_back_in_words(pool: WorkerProcesses) -> None:
+    def fail() -> None:
+        error = ValueError("it holds a lock")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    error = pool.submit(fail).exception(timeout=30)
+    assert isinstance(error, RuntimeError) and "ValueError: it holds a lock" in str(error) and "in fail" in str(error)
 
 
 def test_a_result_that_cannot_be_sent_is_an_exception_and_no_death(pool: WorkerProcesses) -> None:
@@ -194,6 +277,17 @@ def test_a_call_that_reads_standard_input_takes_no_call_away(pool: WorkerProcess
     assert [future.result(timeout=30) for future in futures] == [0, 0, 1, 1, 1, 1]
 
 
+def test_shutting_down_kills_a_worker_that_is_stopped() -> None:
+    with WorkerProcesses(1) as pool:
+        process = pool.submit(os.getpid).result(timeout=30)
+        os.kill(process, signal.SIGSTOP)
+        future = pool.submit(len, bytes(10**7))  # more than its pipe takes
+        time.sleep(0.2)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2 and not psutil.pid_exists(process)
+    assert isinstance(future.exception(timeout=1), WorkerDiedError)
+
+
 def test_shutting_down_kills_workers_that_still_compute() -> None:
     started = time.monotonic()
     with WorkerProcesses(2) as pool:
@@ -225,6 +319,28 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     wait_for(lambda: max(process.cpu_percent() for process in processes) > 10, parent)  # one of them computes
     parent.kill()
     assert not psutil.wait_procs(processes, timeout=5)[1]
+    parent.communicate(timeout=10)
+
+
+SENDING_TO_NOBODY = """
+import os, time
+from experiment import workers
+pool = workers.WorkerProcesses(1)
+print(pool.submit(os.getpid).result(), flush=True)
+workers._receive = lambda pipe: time.sleep(100)
+pool.submit(bytes, 10**7)
+time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells where a process sleeps")
+def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_path: Path) -> None:
+    parent = start_python(tmp_path, "-c", SENDING_TO_NOBODY)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    wait_for(lambda: is_sending(worker), parent)
+    parent.kill()
+    assert not psutil.wait_procs([worker], timeout=5)[1]
     parent.communicate(timeout=10)
 
 
