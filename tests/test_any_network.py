@@ -1,6 +1,7 @@
 """Networks that users define where they please: in a script of their own, in a notebook's cell, in a shell."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,9 +57,9 @@ def start_shell(tmp_path: Path) -> subprocess.Popen[str]:
     return shell
 
 
-def run_notebook(tmp_path: Path, epochs: int) -> str:
+def run_notebook(tmp_path: Path, epochs: int, first: str = "") -> str:
     """Run a notebook whose first cell has the network and whose second one the run; return what it printed."""
-    cells = [NETWORK, fill(RUN, tmp_path, epochs)]
+    cells = [first + NETWORK, fill(RUN, tmp_path, epochs)]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     return "".join(output.get("text", "") for output in notebook.cells[1].outputs)
@@ -109,6 +110,79 @@ run_notebook(Path({str(tmp_path)!r}), 40)
     assert "Going on with the unfinished run" in run_notebook(tmp_path, 40)
     (run_dir,) = run_dirs(tmp_path)
     assert (run_dir / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_notebook_that_finds_the_repository_by_sys_path_trains_at_its_first_try(tmp_path: Path) -> None:
+    printed = run_notebook(tmp_path, 2, first=f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n")
+    assert "Going on with" not in printed and "2 at a time" in printed
+    (run_dir,) = run_dirs(tmp_path)
+    assert (run_dir / "results.json").exists()
+
+
+LINES = [
+    "            nn.MaxPool2d(kernel_size=2, stride=2),  # 7 × 7\n",
+    "            nn.BatchNorm2d(64),\n            nn.ReLU(),\n        )\n",
+]
+EDITS = {  # of conv_stack in models.py: what stands there, and what a reader makes of it
+    "as it is": (LINES[0], LINES[0]),
+    "a layer added": (LINES[0], f"{LINES[0]}            nn.GELU(),\n"),
+    "convolution and norm added": (LINES[0], f"{LINES[0]}            nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64),\n"),
+    "the last norm taken out": (LINES[1], "            nn.ReLU(),\n        )\n"),
+    "the last activation taken out": (LINES[1], "            nn.BatchNorm2d(64),\n        )\n"),
+}
+IDENTIFY = """
+import json, main_cnn
+from conftest import make_fit
+from experiment.run_directory import identify
+from experiment.settings import TrainingConfig
+
+network = main_cnn.ConvolutionalNeuralNetwork
+print(json.dumps(identify(TrainingConfig.from_constants(vars(main_cnn)), make_fit(network), network())))
+"""
+
+
+def copy_repository(edit: str, folder: Path) -> Path:
+    """Copy the program into a folder, with its network edited."""
+    folder.mkdir()
+    for path in REPOSITORY.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(REPOSITORY / "experiment", folder / "experiment")
+    shutil.copytree(DATA_DIR / "Digits", folder / "data" / "Digits")
+    models = (folder / "models.py").read_text(encoding="utf-8")
+    assert models.count(EDITS[edit][0]) == 1
+    (folder / "models.py").write_text(models.replace(*EDITS[edit]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", EDITS.keys() - {"as it is"})
+def test_a_conv_stack_that_was_edited_in_models_py_trains_and_does_not_go_on_with_another_run(
+    edit: str, tmp_path: Path
+) -> None:
+    def start(edit: str, epochs: int) -> subprocess.Popen[str]:
+        folder = copy_repository(edit, tmp_path / f"{edit}, {epochs} epochs")
+        options = f"--dataset=Digits --folds=2 --epochs={epochs} --workers=2 --wandb-mode=disabled --batch-size=256"
+        runs = f"--runs-dir={tmp_path / 'runs'}"
+        return start_python(tmp_path, str(folder / "main_cnn.py"), *options.split(), runs)
+
+    process = start("as it is", 3)
+    wait_for(lambda: checkpoints(tmp_path), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    output, errors = finish(start(edit, 3))
+    assert "Going on with" not in output and errors == ""
+    assert [(path / "results.json").exists() for path in run_dirs(tmp_path)] == [False, True]
+
+
+def test_each_edit_of_the_conv_stack_has_another_identity_and_the_same_one_has_the_same(tmp_path: Path) -> None:
+    def identity(number: int, edit: str) -> str:
+        folder = copy_repository(edit, tmp_path / f"{number}")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent)])}
+        return subprocess.check_output([sys.executable, "-c", IDENTIFY], cwd=folder, env=environment, text=True)
+
+    identities = [identity(*each) for each in enumerate(["as it is", *EDITS])]
+    assert identities[0] == identities[1] and len(set(identities)) == len(EDITS)
 
 
 def test_a_class_without_source_has_the_same_identity_in_two_processes_and_another_when_it_changes() -> None:
