@@ -79,7 +79,7 @@ class WorkerProcesses(Executor):
         try:
             _send(process.stdin, message)
             answer = _receive(process.stdout)
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):  # ValueError: no process could be started the last time
             _bury(process)
             with self._lock:
                 if not self._closed:

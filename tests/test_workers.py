@@ -192,9 +192,9 @@ def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(po
     assert all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in after)
 
 
-@pytest.mark.parametrize("end", [sys.exit, os._exit], ids=["sys.exit", "os._exit"])
-def test_a_call_that_ends_its_process_costs_itself_alone(pool: WorkerProcesses, end: Callable[[int], None]) -> None:
-    ending = pool.submit(slowly(lambda: end(0)))
+@pytest.mark.parametrize("end", [lambda: sys.exit(0), lambda: os._exit(0)], ids=["sys.exit", "os._exit"])
+def test_a_call_that_ends_its_process_costs_itself_alone(pool: WorkerProcesses, end: Callable[[], None]) -> None:
+    ending = pool.submit(slowly(end))
     answer = pool.submit(slowly(slowly(lambda: 1)))
     assert isinstance(ending.exception(timeout=30), WorkerDiedError)
     assert answer.result(timeout=30) == 1
@@ -361,3 +361,15 @@ def test_this_process_computes_at_once_and_keeps_the_exception() -> None:
         assert isinstance(pool.submit(int, "x").exception(), ValueError)
     with contextlib.suppress(RuntimeError):
         pool.submit(abs, 1)
+
+
+def test_a_worker_that_could_not_be_started_again_is_started_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("no room for a process")
+
+    with WorkerProcesses(1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("experiment.workers._start", refuse)
+            assert isinstance(pool.submit(os._exit, 1).exception(), OSError)
+        assert isinstance(pool.submit(pow, 2, 3).exception(), WorkerDiedError)
+        assert pool.submit(pow, 2, 3).result() == 8
