@@ -49,10 +49,6 @@ class Dataset(NamedTuple):
     test_labels: Tensor
     class_names: list[str]
 
-    def labels_present(self) -> list[int]:
-        """Return the labels that occur, in order."""
-        return torch.cat([self.train_labels, self.test_labels]).unique().tolist()
-
     def digest(self) -> str:
         """Return the SHA-256 of all images and labels, in hexadecimal."""
         sha = hashlib.sha256()
@@ -160,8 +156,9 @@ class Batches:
         Of the training images' pixels, scaled to 0 … 1.
     device : torch.device
         Where the batches shall be; the images go there at once, as bytes.
-    training : bool
-        Shuffle (with torch's global generator), and leave out a last batch of one image: batch norm cannot train on it.
+    training, mirror : bool
+        Shuffle, and leave out a last batch of one image, on which batch norm cannot train; mirror each image left to
+        right with probability ½. Both by torch's global generator.
     """
 
     images: Tensor
@@ -171,6 +168,7 @@ class Batches:
     std: float
     device: torch.device
     training: bool = False
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
@@ -183,8 +181,10 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = (torch.randperm if self.training else torch.arange)(len(self.labels))
         for index in order.to(self.labels.device).split(self.batch_size)[: len(self)]:
-            pixels = self.images[index].unsqueeze(1).float()
-            yield pixels.sub_(255 * self.mean).div_(255 * self.std), self.labels[index]
+            images = self.images[index].unsqueeze(1)
+            if self.mirror:
+                images = torch.where(torch.rand(len(index), 1, 1, 1).to(images.device) < 0.5, images.flip(-1), images)
+            yield images.float().sub_(255 * self.mean).div_(255 * self.std), self.labels[index]
 
 
 def _lies_at(file: str, raw_dir: Path) -> Path:
@@ -273,9 +273,9 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
         except (OSError, RuntimeError) as error:
             reason.append(" ".join(str(error).split()) or type(error).__name__)
 
+    data_dir = raw_dir.parents[1]
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(f"Downloading {name} …", flush=True)
-    data_dir = raw_dir.parents[1]
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:
@@ -292,9 +292,9 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
     except OSError as error:  # DATA_DIR is a file, or cannot be written
         reason.append(str(error))
     debian = ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu" if name == "FashionMNIST" else ""
-    astray = [folder for folder in (raw_dir.parent, data_dir) if any(folder.glob("t*?idx?-ubyte*"))]
-    there = f"there from {astray[0]}" if astray else "there"
+    astray = [f" from {folder}" for folder in (raw_dir.parent, data_dir) if any(folder.glob("t*?idx?-ubyte*"))]
     raise DatasetError(
         f"{name} is not in {raw_dir} and could not be downloaded ({reason[0]}). Copy its four files "
-        f'({", ".join(FILE_KINDS)}; .gz will do) {there}{debian}, or set DATASET = "Digits", which needs no download.'
+        f'({", ".join(FILE_KINDS)}; .gz will do) there{"".join(astray[:1])}{debian}, or set DATASET = "Digits", which '
+        "needs no download."
     )

@@ -18,6 +18,7 @@ EPOCHS = 10  # times that each fit sees its training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
 LEARNING_RATE = 0.001  # step size of Adam, at its peak where the schedule changes it: above 0
 LR_SCHEDULE = "constant"  # or "cosine": the learning rate falls along a cosine; or "one_cycle": up, then down
+MIRROR = False  # a mirrored digit is none; or True: train and evaluate on mirrored images too, as main_cnn.py does
 RNG_SEED = 314  # fixes everything random: 0 … 4294967295
 
 # How it is computed

@@ -42,6 +42,7 @@ class Fit:
     batch_size: int
     learning_rate: float
     lr_schedule: str
+    mirror: bool
     rng_seed: int
     device: str
     precision: str
@@ -97,23 +98,26 @@ def test_loop(
     model: nn.Module,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     precision: torch.dtype = torch.float32,
+    mirror: bool = False,
 ) -> tuple[float, Tensor, Tensor]:
     """Evaluate a model; what it takes is what `train_loop` takes of the same name.
+
+    With `mirror`, the answer to an image is the mean of the class probabilities of it and of its mirror image.
 
     Returns
     -------
     loss : float
         Mean loss per sample.
-    labels : Tensor
-        int64 (N,), on the CPU, in the order of the batches.
-    probabilities : Tensor
-        float32 (N, classes), on the CPU: the softmax of the logits.
+    labels, probabilities : Tensor
+        int64 (N,) and float32 (N, classes), on the CPU, in the order of the batches.
     """
     model.eval()
     losses, all_labels, all_probabilities = [], [], []
     for images, labels in dataloader:
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = model(images).float()
+            if mirror:  # the logarithm of the sum of both probabilities: logits of their mean
+                logits = logits.log_softmax(1).logaddexp(model(images.flip(-1)).float().log_softmax(1))
         losses.append(loss_fn(logits, labels))
         all_labels.append(labels)
         all_probabilities.append(logits.softmax(1))
@@ -156,24 +160,22 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
         torch.set_num_threads(fit.threads)
         torch.manual_seed(int(np.random.SeedSequence((fit.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
         device, precision = torch.device(fit.device), getattr(torch, fit.precision)
-        dataset = cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest)
-        train_on, evaluate_on = split(dataset, fit.held_out)
+        train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
         mean, std = pixel_statistics(train_on[0])
-        train_batches = Batches(*train_on, fit.batch_size, mean, std, device, training=True)
+        batches = Batches(*train_on, fit.batch_size, mean, std, device, True, fit.mirror)
         model = build_network(fit.model_class, device)
         optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
-        scheduler = _make_scheduler(fit, optimizer, len(train_batches) * fit.epochs)
+        scheduler = _make_scheduler(fit, optimizer, len(batches) * fit.epochs)
         if state is not None:
             _load(state, model, optimizer, scheduler)
 
         loss_fn = nn.CrossEntropyLoss()
         metrics: dict[str, Any] = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        metrics["train/loss"], metrics["train/accuracy"] = train_loop(
-            train_batches, model, loss_fn, optimizer, scheduler, precision
-        )
+        loss, accuracy = train_loop(batches, model, loss_fn, optimizer, scheduler, precision)
+        metrics |= {"train/loss": loss, "train/accuracy": accuracy}
         if fit.held_out is not None or epoch == fit.epochs:
-            batches = Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device)
-            loss, labels, probabilities = test_loop(batches, model, loss_fn, precision)
+            batches = Batches(*held_out, EVALUATION_BATCH_SIZE, mean, std, device)
+            loss, labels, probabilities = test_loop(batches, model, loss_fn, precision, fit.mirror)
             if fit.held_out is not None:
                 accuracy = (probabilities.argmax(1) == labels).double().mean().item()
                 metrics |= {"validation/loss": loss, "validation/accuracy": accuracy}
@@ -242,9 +244,7 @@ def _forward_fast(self: nn.Sequential, images: Tensor) -> Tensor:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next batch, where new pages may take a third of the time ("Malloc Tunable
-    Parameters" in its manual); no other C library needs it.
-    """
+    """Let glibc keep freed memory for the next batch (`man mallopt`), where new pages may take a third of the time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap shrinks only where so much is free at its end

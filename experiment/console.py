@@ -74,7 +74,7 @@ def summary_text(result: ExperimentResult) -> str:
     """Return the tables of a finished run, as the terminal and report.md show them."""
     config, environment = result.config, result.environment
     lines = ["Hyperparameters"]
-    for name in ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "rng_seed"):
+    for name in ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed"):
         lines.append(f"  {name.upper():<15}{config[name]}")
     lines.append(f"  on {environment['device']} in {environment['precision']}, {environment['workers']} workers")
     if result.final:

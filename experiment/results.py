@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from sklearn.metrics import classification_report, confusion_matrix
 from torch import Tensor
 
@@ -97,7 +98,8 @@ def make_result(
     run_dir: Path,
 ) -> ExperimentResult:
     """Work out the figures of all fits from their checkpoints after the last epoch."""
-    class_names = {label: dataset.class_names[label] for label in dataset.labels_present()}
+    present = torch.cat([dataset.train_labels, dataset.test_labels]).unique().tolist()
+    class_names = {label: dataset.class_names[label] for label in present}
     finished = {name: one for name, one in checkpoints.items() if not one["failure"]}
     results = {name: evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
     final, mistakes = results.pop("final", None), []

@@ -170,6 +170,7 @@ def make_fits(model_class: Callable[[], nn.Module], config: TrainingConfig, data
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             lr_schedule=config.lr_schedule,
+            mirror=config.mirror,
             rng_seed=config.rng_seed,
             device=device,
             precision=resolve_precision(config.precision, device),

@@ -167,7 +167,7 @@ def identify(config: TrainingConfig, fit: Fit, network: nn.Module) -> dict[str, 
     network : nn.Module
         As its class builds it.
     """
-    computed = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "rng_seed")
+    computed = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
     return {name: getattr(config, name) for name in computed} | {
         "device": fit.device,
         "precision": fit.precision,

@@ -34,6 +34,7 @@ class TrainingConfig:
     batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0")
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
+    mirror: bool = Field(strict=True, description="True or False")
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
     device: str = Field(
         pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",

@@ -337,6 +337,28 @@ def test_making_batches_leaves_the_images_as_they_are(digits: Dataset) -> None:
     assert torch.equal(digits.test_images, before)
 
 
+def test_mirroring_turns_half_of_the_images_left_to_right_anew_each_time() -> None:
+    images = torch.arange(28 * 28).view(28, 28).repeat(2000, 1, 1).remainder(256).byte()
+    batches = Batches(images, torch.arange(2000), 64, 0.0, 1 / 255, CPU, training=True, mirror=True)
+    mirrored = []
+    for _ in range(2):
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        pixels = pixels[labels.argsort()].squeeze(1)
+        is_mirrored = (pixels == images.flip(-1)).flatten(1).all(1)
+        assert torch.equal(is_mirrored, (pixels != images).flatten(1).any(1))
+        mirrored.append(is_mirrored)
+    assert all(900 < each.sum() < 1100 for each in [*mirrored, mirrored[0] ^ mirrored[1]])
+
+
+def test_without_mirroring_nothing_random_is_drawn_but_the_order() -> None:
+    torch.manual_seed(0)
+    list(make_batches(100, 32, training=True))
+    drawn = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.randperm(100)
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
 @pytest.mark.parametrize(("training", "sizes"), [(True, [32, 32]), (False, [32, 32, 1])])
 def test_only_training_leaves_out_a_last_batch_of_one(training: bool, sizes: list[int]) -> None:
     batches = make_batches(65, 32, training)

@@ -15,6 +15,7 @@ from torchvision import datasets
 
 from data_utils import Batches, DatasetError, load_dataset, pixel_statistics
 from models import ConvolutionalNeuralNetwork
+from train_utils import test_loop
 
 
 def test_conda_installs_the_requirements_file() -> None:
@@ -32,8 +33,7 @@ def test_the_readmes_snippet_classifies_a_picture(tmp_path: Path) -> None:
     pixels = torch.randint(256, (28, 28), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
     (batch,) = Batches(pixels[None], torch.zeros(1).long(), 1, 0.2860, 0.3530, torch.device("cpu"))
-    with torch.no_grad():
-        probabilities = network.eval()(batch[0]).softmax(1)
+    _, _, probabilities = test_loop([batch], network, torch.nn.CrossEntropyLoss(), mirror=True)
     run = subprocess.run(
         [sys.executable, "-c", snippet[1]],
         cwd=tmp_path,

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_another_fit_is_not_used(
     [
         *({"RNG_SEED": 1}, {"RESUME": False}),
         *slow({"EPOCHS": 5}, {"FOLDS": 2}, {"BATCH_SIZE": 32}, {"LEARNING_RATE": 0.002}),
-        *slow({"LR_SCHEDULE": "cosine"}, {"PRECISION": "float32"}),
+        *slow({"LR_SCHEDULE": "cosine"}, {"MIRROR": True}, {"PRECISION": "float32"}),
     ],
 )
 def test_a_run_that_is_not_identical_starts_anew(

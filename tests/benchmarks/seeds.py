@@ -1,13 +1,15 @@
 """How much the seed alone moves the test accuracy: ``python tests/benchmarks/seeds.py`` (12 minutes on two cores).
 
 Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is
-chosen by what comes out: all settings are those of main_cnn.py.
+chosen by what comes out: all settings are those of main_cnn.py, or of the recipe (as recipes.py has them) that the
+folds chose: ``python tests/benchmarks/seeds.py one_cycle:0.003:mirror``.
 """
 
 import argparse
 import statistics
 
 from common import config_of, fits_of, main_cnn, test_figures, train_side_by_side
+from recipes import changes_of
 
 from experiment.machine import plan_workers
 
@@ -18,8 +20,10 @@ def main() -> None:
     """Train, test and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=main_cnn.EPOCHS)
-    epochs = parser.parse_args().epochs
-    fits = [fits_of(RNG_SEED=seed, EPOCHS=epochs)[0] for seed in SEEDS]
+    parser.add_argument("recipe", nargs="?", help="schedule:peak[:mirror][:precision], instead of main_cnn.py's own")
+    arguments = parser.parse_args()
+    changes = changes_of(arguments.recipe) if arguments.recipe else {}
+    fits = [fits_of(RNG_SEED=seed, EPOCHS=arguments.epochs, **changes)[0] for seed in SEEDS]
     workers = plan_workers("auto", config_of(main_cnn).folds + 1, fits[0].device)[1]
     outcomes = [test_figures(history) for history in train_side_by_side(fits, workers)]
     for seed, (accuracy, loss) in zip(SEEDS, outcomes, strict=True):

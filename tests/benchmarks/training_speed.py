@@ -2,7 +2,8 @@
 
 In one call, paired and repeated, images trained on per second of (a) the loop of PyTorch's tutorials over a DataLoader
 with ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` on tensors in memory, (c) this project's
-``run_experiment`` with 3 epochs, start-up, evaluation, checkpoints and logging included, in float32 and in bfloat16.
+``run_experiment`` with 3 epochs, start-up, evaluation, checkpoints and logging included, in float32 and in bfloat16;
+without MIRROR, as the others are, and with it in bfloat16.
 Prints medians with the lowest and the highest, their share of the machine's matrix-product rate, and the ratios.
 (b)'s worker processes are started before its clock is, (c)'s are not; so (a) and (b) lose nothing by getting fewer
 images. (a) runs in a fresh process, as a script would, before each of the others, and is averaged, since it is short
@@ -79,9 +80,9 @@ def skorch_rate(images: int) -> float:
     return images * (main_cnn.FOLDS - 1) / (time.perf_counter() - start)
 
 
-def project_rate(precision: str, images: int, epochs: int = 3) -> float:
+def project_rate(images: int, precision: str, mirror: bool = False, epochs: int = 3) -> float:
     """Return the images trained on per second of a whole small run, from nothing to its last file."""
-    seconds = seconds_of_a_run(images, EPOCHS=epochs, PRECISION=precision, WANDB_MODE="offline")
+    seconds = seconds_of_a_run(images, EPOCHS=epochs, PRECISION=precision, MIRROR=mirror, WANDB_MODE="offline")
     return images * main_cnn.FOLDS * epochs / seconds  # K folds of (K - 1) / K of the images, and all of them once
 
 
@@ -98,8 +99,9 @@ def main() -> None:
             "matrix product, float32": lambda: matrix_rate(torch.float32) / FLOP_PER_IMAGE,
             "matrix product, bfloat16": lambda: matrix_rate(torch.bfloat16) / FLOP_PER_IMAGE,
             "(b) skorch, cross_validate": lambda: skorch_rate(SKORCH_IMAGES),
-            "(c) this project, float32": lambda: project_rate("float32", arguments.images),
-            "(c) this project, bfloat16": lambda: project_rate("bfloat16", arguments.images),
+            "(c) this project, float32": lambda: project_rate(arguments.images, "float32"),
+            "(c) this project, bfloat16": lambda: project_rate(arguments.images, "bfloat16"),
+            "(c) … bfloat16, with MIRROR": lambda: project_rate(arguments.images, "bfloat16", mirror=True),
         }
         for name, measure in measures.items():
             bursts.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
