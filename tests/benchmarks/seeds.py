@@ -1,14 +1,14 @@
 """How much the seed alone moves the test accuracy: ``python tests/benchmarks/seeds.py`` (12 minutes on two cores).
 
 Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is
-chosen by what comes out: all settings are those of main_cnn.py, or of the recipe (as recipes.py has them) that the
-folds chose: ``python tests/benchmarks/seeds.py one_cycle:0.003:mirror``.
+chosen by what comes out: all settings are those of main_cnn.py, or of the recipes (as recipes.py has them) that the
+folds chose: ``python tests/benchmarks/seeds.py cosine:0.001:mirror one_cycle:0.003:mirror``.
 """
 
 import argparse
 import statistics
 
-from common import config_of, fits_of, main_cnn, test_figures, train_side_by_side
+from common import fits_of, main_cnn, test_figures, train_side_by_side
 from recipes import changes_of
 
 from experiment.machine import plan_workers
@@ -20,16 +20,21 @@ def main() -> None:
     """Train, test and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=main_cnn.EPOCHS)
-    parser.add_argument("recipe", nargs="?", help="schedule:peak[:mirror][:precision], instead of main_cnn.py's own")
+    parser.add_argument("recipes", nargs="*", default=["as main_cnn.py is"], help="schedule:peak[:mirror][:precision]")
     arguments = parser.parse_args()
-    changes = changes_of(arguments.recipe) if arguments.recipe else {}
-    fits = [fits_of(RNG_SEED=seed, EPOCHS=arguments.epochs, **changes)[0] for seed in SEEDS]
-    workers = plan_workers("auto", config_of(main_cnn).folds + 1, fits[0].device)[1]
+    changes = [changes_of(recipe) if ":" in recipe else {} for recipe in arguments.recipes]
+    fits = [fits_of(RNG_SEED=seed, EPOCHS=arguments.epochs, **each)[0] for each in changes for seed in SEEDS]
+    workers = plan_workers("auto", len(fits), fits[0].device)[1]
     outcomes = [test_figures(history) for history in train_side_by_side(fits, workers)]
-    for seed, (accuracy, loss) in zip(SEEDS, outcomes, strict=True):
-        print(f"seed {seed}: test accuracy {accuracy:.4f}, loss {loss:.4f}")
-    for name, values in zip(("accuracy", "loss"), zip(*outcomes, strict=True), strict=True):
-        print(f"test {name}: {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} (standard deviation)")
+    for recipe in arguments.recipes:
+        print(recipe)
+        own, outcomes = outcomes[: len(SEEDS)], outcomes[len(SEEDS) :]
+        for seed, (accuracy, loss) in zip(SEEDS, own, strict=True):
+            print(f"  seed {seed}: test accuracy {accuracy:.4f}, loss {loss:.4f}")
+        for name, values in zip(("accuracy", "loss"), zip(*own, strict=True), strict=True):
+            print(
+                f"  test {name}: {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} (standard deviation)"
+            )
 
 
 if __name__ == "__main__":
