@@ -1,7 +1,9 @@
 # make train: set up and run main_cnn.py.  make test: set up and run the tests.  A second call sets up nothing anew.
+# On Linux they take PyTorch's CPU build where its index answers; with GPU=1, the default build.
 
 PYTHON ?= python3
 BIN := .venv/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
 
 .PHONY: train tutorial test test-slow test-all lint data clean
@@ -28,6 +30,11 @@ lint: .venv/installed-dev
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		{ apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	@if [ -z "$(GPU)" ] && [ "$$(uname)" = Linux ]; then \
+		timeout 10 $(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/')" 2>/dev/null \
+		&& $(BIN)/python -m pip install --index-url $(CPU_INDEX) $$(grep -E '^torch(vision)?>' requirements.txt) \
+		|| echo "$(CPU_INDEX) does not answer or does not fit: taking PyTorch's default build, 3 GB."; \
+	fi
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 

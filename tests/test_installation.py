@@ -1,0 +1,144 @@
+"""What `make` installs: PyTorch's CPU build where its index answers; tried on a local index with stand-in wheels."""
+
+import ast
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import venv
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from conftest import REPOSITORY
+
+PYTORCH = {"torch": "2.14.1", "torchvision": "0.29.1"}
+DISTRIBUTIONS = packages_distributions()
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default build is the CPU build")
+
+
+def write_wheels(index: Path, label: str) -> None:
+    """Write stand-ins of torch and torchvision, as an index lays them out; they can be installed, and no more."""
+    for name, version in PYTORCH.items():
+        (index / name).mkdir(parents=True)
+        with ZipFile(index / name / f"{name}-{version}{label}-py3-none-any.whl", "w") as wheel:
+            info = f"{name}-{version}{label}.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}{label}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a server that has a default index, one of CPU builds, and an empty one."""
+    folder = tmp_path_factory.mktemp("index")
+    write_wheels(folder / "default", "")
+    write_wheels(folder / "cpu", "+cpu")
+    (folder / "empty" / "torch").mkdir(parents=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an empty environment, to be copied."""
+    folder = tmp_path_factory.mktemp("environment") / ".venv"
+    venv.create(folder, with_pip=True)
+    return folder
+
+
+@pytest.fixture
+def checkout(environment: Path, tmp_path: Path, index: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with the Makefile, PyTorch's requirements alone, and an environment of its own."""
+    shutil.copytree(environment, tmp_path / ".venv", symlinks=True)
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    requirements = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    (tmp_path / "requirements.txt").write_text("\n".join(line for line in requirements if line.startswith("torch")))
+    monkeypatch.setenv("PIP_INDEX_URL", f"{index}/default")
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str) -> tuple[str, dict[str, str]]:
+    """Set up by make; return what it printed, and the versions that it installed."""
+    run = subprocess.run(["make", ".venv/installed", *arguments], cwd=checkout, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    installed = [path.name.split("-")[:2] for path in checkout.glob(".venv/lib/*/site-packages/torch*.dist-info")]
+    return run.stdout, {name: version.removesuffix(".dist") for name, version in installed}
+
+
+@on_linux
+def test_the_cpu_build_is_taken_where_its_index_answers(checkout: Path, index: str) -> None:
+    output, installed = make(checkout, f"CPU_INDEX={index}/cpu")
+    assert installed == {name: f"{version}+cpu" for name, version in PYTORCH.items()}
+    assert "default build" not in output
+
+
+@on_linux
+@pytest.mark.parametrize("refusal", ["closed", "nothing that fits"])
+def test_the_default_build_is_taken_where_the_cpu_index_is_of_no_use(checkout: Path, index: str, refusal: str) -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        output, installed = make(checkout, f"CPU_INDEX={closed if refusal == 'closed' else index + '/empty'}")
+    assert installed == PYTORCH
+    assert len(re.findall("default build", output)) == 1
+
+
+@on_linux
+@pytest.mark.slow
+def test_an_index_that_hangs_is_given_up(checkout: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        output, installed = make(checkout, f"CPU_INDEX=http://127.0.0.1:{silent.getsockname()[1]}")
+    assert installed == PYTORCH and "does not answer" in output
+
+
+@on_linux
+def test_the_default_build_is_taken_for_a_gpu(checkout: Path, index: str) -> None:
+    assert make(checkout, f"CPU_INDEX={index}/cpu", "GPU=1")[1] == PYTORCH
+
+
+@on_linux
+def test_a_second_make_sets_up_nothing_anew(checkout: Path, index: str) -> None:
+    make(checkout, f"CPU_INDEX={index}/cpu")
+    assert "up to date" in make(checkout, f"CPU_INDEX={index}/cpu")[0]
+
+
+def imported(*patterns: str) -> set[str]:
+    """Return the distributions of all packages that the files import, wherever they do."""
+    paths = [path for pattern in patterns for path in REPOSITORY.glob(pattern)]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    ours = {path.stem for path in [*paths, *REPOSITORY.glob("*.py")]} | {"experiment"}
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
+    return {DISTRIBUTIONS[package][0].lower().replace("_", "-") for package in packages}
+
+
+def required(file: str) -> dict[str, str]:
+    """Return the packages that a requirements file names, with their bounds."""
+    lines = [line.partition(" ")[0] for line in (REPOSITORY / file).read_text().splitlines()]
+    found = [re.fullmatch(r"([\w-]+)(?:\[\w+\])?(.*)", line) for line in lines if line and line[0] not in "#-"]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_requirements_name_every_package_that_the_code_imports() -> None:
+    assert imported("*.py", "experiment/*.py") == set(required("requirements.txt"))
+
+
+def test_development_requirements_name_what_only_the_tests_import() -> None:
+    everything = required("requirements.txt") | required("requirements-dev.txt")
+    assert imported("tests/*.py", "tests/benchmarks/*.py", "docs/*.py") <= set(everything)
+
+
+def test_every_requirement_has_a_floor_and_the_next_major_version_as_a_bound() -> None:
+    for name, bounds in required("requirements.txt").items():
+        match = re.fullmatch(r">=(\d+)[\d.]*,<(\d+)", bounds)
+        assert match and int(match[2]) == int(match[1]) + 1, name
