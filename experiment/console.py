@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from experiment.results import ExperimentResult, FitResult
+from experiment.results import COMPUTED, ExperimentResult, FitResult
 
 HEADINGS = ("epoch", "train loss", "train accuracy", "validation accuracy", "time")
 
@@ -74,8 +74,7 @@ def summary_text(result: ExperimentResult) -> str:
     """Return the tables of a finished run, as the terminal and report.md show them."""
     config, environment = result.config, result.environment
     lines = ["Hyperparameters"]
-    for name in ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed"):
-        lines.append(f"  {name.upper():<15}{config[name]}")
+    lines += [f"  {name.upper():<15}{config[name]}" for name in COMPUTED]
     lines.append(f"  on {environment['device']} in {environment['precision']}, {environment['workers']} workers")
     if result.final:
         lines += ["", *_test_lines(result.final)]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from data_utils import Dataset
 
+# The settings that say what is computed, as the entry scripts group them.
+COMPUTED = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+
 
 @dataclass
 class FitResult:

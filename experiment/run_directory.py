@@ -20,6 +20,7 @@ from torch import nn
 
 from experiment.console import path_from_here, say, warn
 from experiment.errors import RunError, beside_the_run
+from experiment.results import COMPUTED
 from experiment.settings import TrainingConfig
 from train_utils import Fit
 
@@ -167,8 +168,7 @@ def identify(config: TrainingConfig, fit: Fit, network: nn.Module) -> dict[str, 
     network : nn.Module
         As its class builds it.
     """
-    computed = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
-    return {name: getattr(config, name) for name in computed} | {
+    return {name: getattr(config, name) for name in COMPUTED} | {
         "device": fit.device,
         "precision": fit.precision,
         "threads": fit.threads,
