@@ -15,7 +15,7 @@ tutorial: .venv/installed
 	$(BIN)/python main_tutorial.py
 
 test: .venv/installed-dev data
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/installed-dev data
 	$(BIN)/python -m pytest -m slow
