@@ -218,6 +218,11 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     assert "Against" in process.stdout and len(list(tmp_path.glob("*/results.json"))) == 2
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
+    assert not re.search("@@|TODO|TBD", page.read_text())
+
+
 def test_the_readme_is_read_in_one_sitting() -> None:
     assert len(PAGES[0].read_text().splitlines()) <= 200
 
