@@ -7,8 +7,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,7 @@ def _train_all(
 
     waiting = deque(sorted(filter(is_pending, fits), key=epochs_done))
     futures: dict[Future[Any], Fit] = {}
+    finished: SimpleQueue[Future[Any]] = SimpleQueue()  # not wait(): a Ctrl-C in it may leave futures locked for ever
     deaths = 0
     opened, in_flight = _open_pool(workers, executor, len(fits))
     with opened as pool, Progress(sum(fit.epochs for fit in fits), sum(map(epochs_done, fits))) as progress:
@@ -219,28 +221,30 @@ def _train_all(
         while waiting or futures:
             while waiting and len(futures) < in_flight:
                 fit = waiting.popleft()
-                futures[_submit(pool, fit, epochs_done(fit) + 1, checkpoints[fit.name]["state"])] = fit
-            for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                fit = futures.pop(future)
-                try:
-                    state, metrics = future.result()
-                except Exception as error:
-                    if not _is_the_pools_own(error, pool):
-                        raise
-                    deaths += 1
-                    killed = "A worker process was killed, most likely because memory ran out"
-                    if deaths > MOST_WORKER_DEATHS:
-                        raise RunError(f"{killed}, for the {deaths}th time. Set WORKERS lower.") from None
-                    warn(f"{killed}; what it had not finished is done again.")
-                    waiting.appendleft(fit)
-                    continue
-                checkpoints[fit.name] = _next_checkpoint(checkpoints[fit.name], fit.name, state, metrics)
-                run_dir.save_checkpoint(fit.name, checkpoints[fit.name])
-                runs.log_epoch(fit.name, metrics)
-                progress.step(fit.name, metrics)
-                progress.rows(_fold_histories(checkpoints))
-                if is_pending(fit):
-                    waiting.append(fit)
+                future = _submit(pool, fit, epochs_done(fit) + 1, checkpoints[fit.name]["state"])
+                futures[future] = fit
+                future.add_done_callback(finished.put)
+            future = finished.get()
+            fit = futures.pop(future)
+            try:
+                state, metrics = future.result()
+            except Exception as error:
+                if not _is_the_pools_own(error, pool):
+                    raise
+                deaths += 1
+                killed = "A worker process was killed, most likely because memory ran out"
+                if deaths > MOST_WORKER_DEATHS:
+                    raise RunError(f"{killed}, for the {deaths}th time. Set WORKERS lower.") from None
+                warn(f"{killed}; what it had not finished is done again.")
+                waiting.appendleft(fit)
+                continue
+            checkpoints[fit.name] = _next_checkpoint(checkpoints[fit.name], fit.name, state, metrics)
+            run_dir.save_checkpoint(fit.name, checkpoints[fit.name])
+            runs.log_epoch(fit.name, metrics)
+            progress.step(fit.name, metrics)
+            progress.rows(_fold_histories(checkpoints))
+            if is_pending(fit):
+                waiting.append(fit)
     return checkpoints
 
 
