@@ -1,5 +1,6 @@
 # make train: set up and run main_cnn.py.  make test: set up and run the tests.  A second call sets up nothing anew.
-# On Linux they take PyTorch's CPU build where its index answers; with GPU=1, the default build.
+# On Linux they take PyTorch's CPU build where its index answers; with GPU=1, the default build (after `make clean`, where
+# the CPU build is already installed).
 
 PYTHON ?= python3
 BIN := .venv/bin
