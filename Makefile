@@ -29,7 +29,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/installed: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
 		{ apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	@if [ -z "$(GPU)" ] && [ "$$(uname)" = Linux ]; then \
 		timeout 10 $(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/')" 2>/dev/null \

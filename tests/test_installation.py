@@ -129,6 +129,14 @@ def test_the_cpu_index_is_not_asked_for_a_gpu_nor_elsewhere(
             unasked.accept()
 
 
+@on_linux
+@pytest.mark.slow
+def test_an_environment_that_was_left_without_pip_is_completed(checkout: Path, index: str) -> None:
+    shutil.rmtree(checkout / ".venv")
+    venv.create(checkout / ".venv")
+    assert make(checkout, f"CPU_INDEX={index}/cpu", f"PYTHON={sys.executable}")[1].keys() == PYTORCH.keys()
+
+
 def imported(*patterns: str) -> set[str]:
     """Return the distributions of all packages that the files import, wherever they do."""
     paths = [path for pattern in patterns for path in REPOSITORY.glob(pattern)]
