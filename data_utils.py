@@ -273,9 +273,9 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
         except (OSError, RuntimeError) as error:
             reason.append(" ".join(str(error).split()) or type(error).__name__)
 
-    data_dir = raw_dir.parents[1]
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(f"Downloading {name} …", flush=True)
+    data_dir = raw_dir.parents[1]
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as folder:

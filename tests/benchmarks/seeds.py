@@ -2,7 +2,7 @@
 
 Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is
 chosen by what comes out: all settings are those of main_cnn.py, or of the recipes (as recipes.py has them) that the
-folds chose: ``python tests/benchmarks/seeds.py cosine:0.001:mirror one_cycle:0.003:mirror``.
+folds chose: ``python tests/benchmarks/seeds.py cosine:0.001:mirror one_cycle:0.002:mirror``.
 """
 
 import argparse
