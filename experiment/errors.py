@@ -46,6 +46,7 @@ def _open_what_is_closed() -> None:
 _open_what_is_closed()
 sys.excepthook = _quiet_ctrl_c
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home directory that cannot be written
+import numpy  # noqa: E402, F401  # before PyTorch imports it: there a Ctrl-C would be lost, or leave half of numpy
 
 
 @contextmanager

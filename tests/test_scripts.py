@@ -87,6 +87,26 @@ def test_ctrl_c_while_pytorch_loads_prints_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in process.communicate(timeout=20)[1]
 
 
+INTERRUPTED_WHILE_NUMPY_LOADS = """
+import os, runpy, signal, sys
+
+class Interruption:
+    def find_spec(self, name, *_):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interruption())
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_numpy_loads_is_not_lost(tmp_path: Path) -> None:
+    process = start_python(tmp_path, "-c", INTERRUPTED_WHILE_NUMPY_LOADS, main_cnn.__file__, "--help")
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors) == ("", "Stopped by SIGINT.\n")
+
+
 @pytest.mark.parametrize(
     ("constants", "named"),
     [({"EPOCHS": 0, "FOLDS": True}, ["EPOCHS must be", "FOLDS must be"]), ({"FOLDS": 1000}, ["FOLDS must be at most"])],
