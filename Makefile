@@ -29,6 +29,8 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, but $(PYTHON) is ' \
+		+ sys.version.split()[0] + '. Name a newer one: make PYTHON=python3.12')"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
 		{ apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	@if [ -z "$(GPU)" ] && [ "$$(uname)" = Linux ]; then \

@@ -137,6 +137,18 @@ def test_an_environment_that_was_left_without_pip_is_completed(checkout: Path, i
     assert make(checkout, f"CPU_INDEX={index}/cpu", f"PYTHON={sys.executable}")[1].keys() == PYTORCH.keys()
 
 
+def test_a_python_that_is_too_old_is_named_before_anything_is_downloaded(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    old = tmp_path / "python3.10"
+    pretend = "import sys; sys.version_info, sys.version = (3, 10), '3.10.13 (main)'; exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}" "$2"\n')
+    old.chmod(0o755)
+    run = subprocess.run(["make", "train", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0 and not (tmp_path / ".venv").exists()
+    assert run.stderr.startswith(f"Python 3.11 or newer is needed, but {old} is 3.10.13. ")
+
+
 def imported(*patterns: str) -> set[str]:
     """Return the distributions of all packages that the files import, wherever they do."""
     paths = [path for pattern in patterns for path in REPOSITORY.glob(pattern)]
