@@ -1,4 +1,4 @@
-"""How much the seed alone moves the test accuracy: ``python tests/benchmarks/seeds.py`` (20 minutes a recipe on two cores).
+"""How much the seed alone moves the test accuracy: ``python tests/benchmarks/seeds.py`` (20 minutes, two cores).
 
 Trains the final fit of main_cnn.py, and nothing else, once for each of five seeds, and tests each once. Nothing is
 chosen by what comes out: all settings are those of main_cnn.py, or of the recipes (as recipes.py has them) that the
