@@ -24,33 +24,27 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """Return "float32" or "bfloat16": with "auto", bfloat16 where the device computes it natively."""
+    """Return "float32" or "bfloat16": with "auto", bfloat16 where the device is faster in it."""
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     elif device == "cpu":
-        features = torch.cpu.get_capabilities()  # the first two are x86's, the others Arm's
-        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-        native = native and torch.backends.mkldnn.is_available()  # else PyTorch has no fast code for it, as on macOS
+        features = torch.cpu.get_capabilities()
+        is_intel = str(features.get("cpu_name")).startswith("Intel")  # which without AMX is slower in it: docs/speed.md
+        names = ("amx_bf16" if is_intel else "avx512_bf16", "bf16", "sve_bf16")  # the first is x86's, the others Arm's
+        fast = any(features.get(name) for name in names)
+        fast = fast and torch.backends.mkldnn.is_available()  # else PyTorch has no fast code for it, as on macOS
     else:
-        native = False
-    return "bfloat16" if native else "float32"
+        fast = False
+    return "bfloat16" if fast else "float32"
 
 
 def plan_workers(workers: int | str, fits: int, device: str) -> tuple[int, int]:
-    """Return how many threads each fit gets, and how many fits run side by side.
+    """Return how many threads each fit gets, and how many of the fits run side by side: `workers`, if that many can.
 
     The threads can change the last bits of a result, so they do not depend on `workers`. Workers × threads never
     exceeds the cores; on a GPU one fit runs at a time.
-
-    Parameters
-    ----------
-    workers : int or "auto"
-        How many fits the user wants side by side.
-    fits : int
-        How many there are.
-    device : str
     """
     cores = joblib.cpu_count()  # those that this process may use: a container may have fewer than the machine
     threads = max(1, cores // min(cores, fits))

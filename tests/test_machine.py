@@ -1,9 +1,31 @@
-"""What a machine gets: how many fits side by side, and with how many threads each."""
+"""What a machine gets: a precision, and how many fits side by side, with how many threads each."""
+
+from typing import Any
 
 import pytest
+import torch
 
 from experiment import machine
-from experiment.machine import plan_workers
+from experiment.machine import plan_workers, resolve_precision
+
+
+@pytest.mark.parametrize(
+    ("features", "precision"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "float32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ({"cpu_name": "Intel Core i7", "avx2": True}, "float32"),
+        ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
+        ({"architecture": "aarch64", "neon": True}, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_is_faster_in_it(
+    features: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert resolve_precision("auto", "cpu") == precision
 
 
 @pytest.mark.parametrize("cores", [1, 2, 4, 6, 8, 16, 64])
