@@ -75,7 +75,7 @@ def summary_text(result: ExperimentResult) -> str:
     config, environment = result.config, result.environment
     lines = ["Hyperparameters"]
     lines += [f"  {name.upper():<15}{config[name]}" for name in COMPUTED]
-    lines.append(f"  on {environment['device']} in {environment['precision']}, {environment['workers']} workers")
+    lines.append(f"  on {environment['device']} in {environment['precision']}, workers: {environment['workers']}")
     if result.final:
         lines += ["", *_test_lines(result.final)]
     lines += ["", "Cross-validation", "  fold      accuracy     loss"]

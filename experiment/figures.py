@@ -47,6 +47,7 @@ def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str
     """Return report.md, which says how the run compares with an earlier one and shows the figures of these names."""
     compared = f"\n```\n{comparison}\n```\n" if comparison else ""
     pictures = "".join(f"![{name}]({name})\n\n" for name in figures)
+    model = "\n- `model.pt`: the weights of the final network, for `load_state_dict`." if result.final else ""
     environment = json.dumps(result.environment, indent=2, ensure_ascii=False)
     return f"""# {result.run_dir.name}
 
@@ -62,8 +63,7 @@ def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str
 
 ## More
 
-- `results.json`: every figure at full precision; `config.json`: what was asked.
-- `model.pt`: the weights of the final network, for `load_state_dict`.
+- `results.json`: every figure at full precision; `config.json`: what was asked.{model}
 - In Weights & Biases: the runs of the group `{result.run_dir.name}`; offline, `wandb leet` shows them in the terminal.
 """
 
