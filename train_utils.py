@@ -160,7 +160,7 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
         torch.set_num_threads(fit.threads)
         torch.manual_seed(int(np.random.SeedSequence((fit.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
         device, precision = torch.device(fit.device), getattr(torch, fit.precision)
-        train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
+        train_on, evaluate_on = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
         mean, std = pixel_statistics(train_on[0])
         batches = Batches(*train_on, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
         model = build_network(fit.model_class, device)
@@ -174,7 +174,7 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
         loss, accuracy = train_loop(batches, model, loss_fn, optimizer, scheduler, precision)
         metrics |= {"train/loss": loss, "train/accuracy": accuracy}
         if fit.held_out is not None or epoch == fit.epochs:
-            batches = Batches(*held_out, EVALUATION_BATCH_SIZE, mean, std, device)
+            batches = Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device)
             loss, labels, probabilities = test_loop(batches, model, loss_fn, precision, fit.mirror)
             if fit.held_out is not None:
                 accuracy = (probabilities.argmax(1) == labels).double().mean().item()
@@ -188,7 +188,7 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
 
 
 def _make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Return the scheduler of a fit of that many optimizer steps; its learning rate is the highest rate of each."""
+    """Return the scheduler of a fit that takes so many steps; the optimizer's learning rate is the peak of each."""
     if fit.lr_schedule == "one_cycle":
         return OneCycleLR(optimizer, fit.learning_rate, total_steps=steps)
     if fit.lr_schedule == "cosine":

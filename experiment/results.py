@@ -13,6 +13,7 @@ from data_utils import Dataset
 
 # The settings that say what is computed, as the entry scripts group them.
 COMPUTED = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+MISTAKES_SHOWN = 24
 
 
 @dataclass
@@ -104,33 +105,22 @@ def make_result(
     present = torch.cat([dataset.train_labels, dataset.test_labels]).unique().tolist()
     class_names = {label: dataset.class_names[label] for label in present}
     finished = {name: one for name, one in checkpoints.items() if not one["failure"]}
-    results = {name: evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
+    results = {name: _evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
     final, mistakes = results.pop("final", None), []
     if final:
         _, labels, probabilities = finished["final"]["evaluation"]
-        mistakes = find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+        mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
     failures = {name: one["failure"] for name, one in checkpoints.items() if one["failure"]}
     return ExperimentResult(config, list(results.values()), final, failures, mistakes, environment, run_dir)
 
 
-def evaluate(
+def _evaluate(
     name: str, history: list[dict[str, float]], evaluation: tuple[float, Tensor, Tensor], class_names: dict[int, str]
 ) -> FitResult:
-    """Compute a fit's figures.
-
-    Parameters
-    ----------
-    name, history
-        The fit's name and the metrics of each epoch.
-    evaluation : tuple
-        Mean loss, labels (N,) and class probabilities (N, classes), as `test_loop` returns them.
-    class_names : dict
-        Label → name of the classes that occur in the data set: a class without any image has no row.
-    """
+    """Work out a fit's figures from what `test_loop` returned; a class without any image has no name and no row."""
     loss, labels, probabilities = evaluation
     predictions = probabilities.argmax(1)
-    present = list(class_names)
-    names = list(class_names.values())
+    present, names = list(class_names), list(class_names.values())
     report = classification_report(
         labels, predictions, labels=present, target_names=names, output_dict=True, zero_division=0
     )
@@ -140,22 +130,12 @@ def evaluate(
     return FitResult(name, loss, accuracy, report, history, confusion)
 
 
-def find_mistakes(
-    images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str], most: int = 24
-) -> list[Mistake]:
-    """Return the wrongly classified images, those first that the network is most sure of.
-
-    Parameters
-    ----------
-    images, labels, probabilities : Tensor
-        uint8 (N, 28, 28), int64 (N,) and float32 (N, classes).
-    class_names, most
-        The name of each label, and how many mistakes to return at most.
-    """
+def _find_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str]) -> list[Mistake]:
+    """Return the wrongly classified images that the network is most sure of."""
     sureness, predictions = probabilities.max(1)
     wrong = (predictions != labels).nonzero().flatten()
-    order = wrong[sureness[wrong].argsort(descending=True, stable=True)][:most]
+    surest = wrong[sureness[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
     return [
         Mistake(images[i], class_names[labels[i]], class_names[predictions[i]], sureness[i].item())
-        for i in order.tolist()
+        for i in surest.tolist()
     ]

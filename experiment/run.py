@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -154,31 +155,30 @@ def make_fits(model_class: Callable[[], nn.Module], config: TrainingConfig, data
     """
     _check_folds(dataset, config.folds)
     device = resolve_device(config.device)
+    final = Fit(
+        name="final",
+        model_class=model_class,
+        dataset=config.dataset,
+        data_dir=str(config.data_dir),
+        data_digest=dataset.digest(),
+        held_out=None,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_schedule=config.lr_schedule,
+        mirror=config.mirror,
+        rng_seed=config.rng_seed,
+        device=device,
+        precision=resolve_precision(config.precision, device),
+        threads=plan_workers(config.workers, config.folds + 1, device)[0],
+    )
+    folds = []
     labels = dataset.train_labels.numpy()
     splitter = StratifiedKFold(config.folds, shuffle=True, random_state=config.rng_seed)
-    held_out: dict[str, bytes | None] = {"final": None}
     for number, (_, held) in enumerate(splitter.split(labels, labels), start=1):
-        held_out[f"fold-{number}"] = np.packbits(np.isin(np.arange(len(labels)), held)).tobytes()
-    return [
-        Fit(
-            name=name,
-            model_class=model_class,
-            dataset=config.dataset,
-            data_dir=str(config.data_dir),
-            data_digest=dataset.digest(),
-            held_out=bits,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            lr_schedule=config.lr_schedule,
-            mirror=config.mirror,
-            rng_seed=config.rng_seed,
-            device=device,
-            precision=resolve_precision(config.precision, device),
-            threads=plan_workers(config.workers, config.folds + 1, device)[0],
-        )
-        for name, bits in held_out.items()
-    ]
+        held_out = np.packbits(np.isin(np.arange(len(labels)), held)).tobytes()
+        folds.append(replace(final, name=f"fold-{number}", held_out=held_out))
+    return [final, *folds]
 
 
 def _check_folds(dataset: Dataset, folds: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -41,20 +42,20 @@ class RunDirectory:
 
     Raises
     ------
-    RunError
+    OSError, RunError
         If the folder cannot be written.
     """
 
     def __init__(
         self, runs_dir: Path, name: str, settings: dict[str, Any], identity: dict[str, Any], resume: bool
     ) -> None:
-        self._identity = hashlib.sha256(_to_json(identity)).hexdigest()
+        self._digest = hashlib.sha256(_to_json(identity)).hexdigest()
         runs_dir.mkdir(parents=True, exist_ok=True)
         found = self._find_unfinished(runs_dir, name) if resume else None
         self.resumed = found is not None
         self.path = found or self._make(runs_dir, name)
         if not self.resumed:
-            identity = identity | {"digest": self._identity}
+            identity = identity | {"digest": self._digest}
             self.save("config.json", _to_json(settings | {"identity": identity, "wandb_id": uuid.uuid4().hex[:8]}))
         self.wandb_id: str = json.loads((self.path / "config.json").read_text(encoding="utf-8"))["wandb_id"]
         for leftover in self.path.glob(".*.unfinished"):
@@ -63,10 +64,10 @@ class RunDirectory:
     def _find_unfinished(self, runs_dir: Path, name: str) -> Path | None:
         for path in sorted(runs_dir.glob(f"{name}-*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True):
             try:
-                identity = json.loads(path.read_text(encoding="utf-8"))["identity"]["digest"]
+                digest = json.loads(path.read_text(encoding="utf-8"))["identity"]["digest"]
             except (ValueError, KeyError, TypeError):  # not written by this program, or not by this version
                 continue
-            if identity == self._identity and self._lock_unfinished(path.parent):
+            if digest == self._digest and self._lock_unfinished(path.parent):
                 return path.parent
         return None
 
@@ -92,18 +93,15 @@ class RunDirectory:
     def _make(self, runs_dir: Path, name: str) -> Path:
         """Make and lock a new directory; two runs that start at once never share one."""
         stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        number = 1
-        while True:
+        for number in itertools.count(1):
             path = runs_dir / (stem if number == 1 else f"{stem}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                number += 1
-                continue
-            self._lock = FileLock(path / ".lock")
-            with beside_the_run("a lock"):
-                self._lock.acquire()
-            return path
+                break
+        self._lock = FileLock(path / ".lock")
+        with beside_the_run("a lock"):
+            self._lock.acquire()
+        return path
 
     def load_checkpoint(self, fit_name: str) -> dict[str, Any] | None:
         """Return the checkpoint of a fit; None if there is none or, with a warning, if it is damaged or not its own."""
@@ -114,7 +112,7 @@ class RunDirectory:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not look at the checksums
             checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint is None or checkpoint["belongs_to"] != f"{fit_name} {self._identity}":
+            if checkpoint is None or checkpoint["belongs_to"] != f"{fit_name} {self._digest}":
                 raise ValueError("it is not what this run wrote")
         except Exception as error:  # a damaged file can raise anything, and the fit can always start over
             warn(f"{path_from_here(path)} cannot be used, so {fit_name} starts over: {error}")
@@ -123,7 +121,7 @@ class RunDirectory:
 
     def save_checkpoint(self, fit_name: str, checkpoint: dict[str, Any]) -> None:
         """Save the checkpoint of a fit in the place of its last one."""
-        self.save_tensors(f"{fit_name}.pt", checkpoint | {"belongs_to": f"{fit_name} {self._identity}"})
+        self.save_tensors(f"{fit_name}.pt", checkpoint | {"belongs_to": f"{fit_name} {self._digest}"})
 
     def save_tensors(self, name: str, content: dict[str, Any]) -> None:
         """Save tensors and plain values as torch does."""
@@ -158,16 +156,7 @@ class RunDirectory:
 
 
 def identify(config: TrainingConfig, fit: Fit, network: nn.Module) -> dict[str, Any]:
-    """Return all that a run's results depend on.
-
-    Parameters
-    ----------
-    config : TrainingConfig
-    fit : Fit
-        Any one of the run.
-    network : nn.Module
-        As its class builds it.
-    """
+    """Return all that a run's results depend on: its settings, what any of its fits says of them, and its network."""
     return {name: getattr(config, name) for name in COMPUTED} | {
         "device": fit.device,
         "precision": fit.precision,

@@ -2,7 +2,7 @@
 
 import argparse
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -110,9 +110,7 @@ def _is_path(path: Any) -> bool:
     return isinstance(path, (str, Path)) and bool(str(path).strip()) and "\0" not in str(path)
 
 
-def read_command_line(
-    constants: Mapping[str, Any], description: str | None, arguments: Sequence[str] | None = None
-) -> dict[str, Any]:
+def read_command_line(constants: Mapping[str, Any], description: str | None) -> dict[str, Any]:
     """Return the constants that the command line sets, as in ``python main_cnn.py --epochs 3 --lr-schedule=constant``.
 
     Parameters
@@ -121,8 +119,6 @@ def read_command_line(
         The script's constants: each is an option of the same name, and the default.
     description : str
         What ``--help`` says of the script.
-    arguments : sequence of str, optional
-        Instead of those that the process was started with.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     for name, wanted in TrainingConfig.wanted().items():
@@ -130,7 +126,7 @@ def read_command_line(
         text = f"{wanted} (default: {constants.get(name.upper())!r})".replace("%", "%%")
         parser.add_argument(*flags, dest=name, metavar="VALUE", help=text, default=argparse.SUPPRESS)
     with user_errors():
-        given = vars(parser.parse_args(arguments))
+        given = vars(parser.parse_args())
     texts = {field.name for field in fields(TrainingConfig) if field.type in (str, str | Path)}
     return {name.upper(): value if name in texts else _literal(value) for name, value in given.items()}
 

@@ -233,19 +233,12 @@ class WandbRuns:
         ]
         return rows + (final[len(rows) :] if self._trained else [])  # where a fold diverged, some were held back
 
-    def _finish_all(self, exit_code: int, failures: Iterable[str] = ()) -> Exception | None:
+    def _finish_all(self, exit_code: int, failures: Iterable[str] = ()) -> BaseException | None:
         """Close all runs at once, those of the failures as failed; return what went wrong, if anything did."""
-
-        def finish(name: str, run: wandb.Run) -> Exception | None:
-            try:
-                run.finish(exit_code=1 if name in failures else exit_code)
-            except Exception as error:  # the server is gone, or the folder
-                return error
-            return None
-
+        codes = {name: 1 if name in failures else exit_code for name in self._runs}
         with ThreadPoolExecutor(max(1, len(self._runs))) as pool:
-            errors = list(pool.map(finish, self._runs, self._runs.values()))
-        return next(filter(None, errors), None)
+            futures = [pool.submit(run.finish, exit_code=codes[name]) for name, run in self._runs.items()]
+        return next(filter(None, (future.exception() for future in futures)), None)
 
     def _say_how_to_upload(self) -> None:
         if self.mode == "offline":

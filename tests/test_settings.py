@@ -173,11 +173,15 @@ def test_the_configuration_cannot_be_changed() -> None:
         ("", {}),
     ],
 )
-def test_the_command_lines_texts_become_values(text: str, constant: dict[str, Any]) -> None:
-    assert read_command_line(vars(main_cnn), None, text.split()) == constant
+def test_the_command_lines_texts_become_values(
+    text: str, constant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main_cnn.py", *text.split()])
+    assert read_command_line(vars(main_cnn), None) == constant
 
 
-def test_every_constant_is_an_option_with_underscores_or_hyphens() -> None:
+def test_every_constant_is_an_option_with_underscores_or_hyphens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ORDER:
         for option in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
-            assert read_command_line({}, None, [option, "x"]) == {name: "x"}
+            monkeypatch.setattr("sys.argv", ["main_cnn.py", option, "x"])
+            assert read_command_line({}, None) == {name: "x"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sweeps
 import yaml
-from conftest import REPOSITORY, saved_epochs
+from conftest import KEY, REPOSITORY, Configure, saved_epochs
 from wandb_server import WandbServer
 
 import experiment.run
@@ -23,9 +23,7 @@ import main_cnn
 import main_tutorial
 from experiment.settings import TrainingConfig
 
-KEY = "5ecre7" * 6 + "0123"
 METRIC = "cross_validation/accuracy_mean"
-Configure = Callable[..., ModuleType]
 PARAMETERS: dict[str, Any] = {
     "learning_rate": {"distribution": "log_uniform_values", "min": 0.0003, "max": 0.003},
     "lr_schedule": {"values": ["constant", "cosine", "one_cycle"]},
