@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from data_utils import PROJECT_DIR
-from experiment.console import path_from_here
+from experiment.console import path_from_here, say
 from experiment.errors import ConfigurationError, user_errors
 from experiment.figures import BLUE, ORANGE, new_figure, png_of
 from experiment.run_directory import save_atomically
@@ -189,10 +189,10 @@ def main() -> None:
             runs = next(([old, new] for new, old in combinations(runs, 2) if not reason_against(old, new)), [])
         if any(reasons := [reason_against(runs[0], run) for run in runs[1:]] or ["There are no two runs to compare."]):
             raise ConfigurationError("\n".join(filter(None, reasons)))
-        print("\n\n".join(f"{path_from_here(run.path)}\n{text_of(runs[0], run)}" for run in runs[1:]))
+        say("\n\n".join(f"{path_from_here(run.path)}\n{text_of(runs[0], run)}" for run in runs[1:]))
         path = max(runs, key=lambda run: run.finished).path / "compare.png"
         save_atomically(path, png_of(draw(*runs), min(110, 9000 / len(runs))))  # no more pixels than a PNG can have
-        print(f"\nWorth opening:\n  {path_from_here(path)}")
+        say(f"\nWorth opening:\n  {path_from_here(path)}")
 
 
 if __name__ == "__main__":

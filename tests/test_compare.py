@@ -460,6 +460,15 @@ def test_the_command_answers_in_a_process_of_its_own(before: Path, tmp_path: Pat
     assert errors.splitlines()[1:] == ["  aft is no folder, and in runs begins so: ", "      after", "      after-2"]
 
 
+def test_the_picture_is_drawn_though_nobody_reads_what_is_said(before: Path, tmp_path: Path) -> None:
+    make_run(before.parent / "after", BETTER, finished=1)
+    process = start_python(tmp_path, "-m", "experiment.compare", "--runs-dir", "runs")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `| head` does
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert (before.parent / "after" / "compare.png").exists()
+
+
 def test_a_real_run_says_in_the_terminal_and_in_its_report_how_it_compares(
     configure: Configure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
