@@ -40,6 +40,7 @@ FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mist
 SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
 KEY = "5ecre7" * 6 + "0123"
 SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else, under `make test &`, no script would know of it
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
 
 
