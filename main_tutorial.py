@@ -23,7 +23,7 @@ RNG_SEED = 314  # fixes everything random: 0 … 4294967295
 
 # How it is computed
 DEVICE = "cpu"  # or "cuda", "cuda:1", "mps" (Apple), "auto": the fastest that is here
-PRECISION = "auto"  # bfloat16 where the processor is fast in it; or "float32", "bfloat16"
+PRECISION = "auto"  # bfloat16 where the processor is faster in it; or "float32", "bfloat16"
 WORKERS = "auto"  # fits trained side by side: one a core, or a number; does not change the results
 RESUME = True  # go on with an unfinished run of the same settings; or False: start anew
 
