@@ -1,6 +1,6 @@
 # make train: set up and run main_cnn.py.  make test: set up and run the tests.  A second call sets up nothing anew.
 # On Linux they take PyTorch's CPU build where its index answers; with GPU=1, the default build (after `make clean`, where
-# the CPU build is already installed).
+# the CPU build is already installed), and they train on the GPU.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,10 +10,10 @@ FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
 .PHONY: train tutorial test test-slow test-all lint data clean
 
 train: .venv/installed data
-	$(BIN)/python main_cnn.py
+	$(BIN)/python main_cnn.py $(if $(GPU),--device auto)
 
 tutorial: .venv/installed
-	$(BIN)/python main_tutorial.py
+	$(BIN)/python main_tutorial.py $(if $(GPU),--device auto)
 
 test: .venv/installed-dev data
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
