@@ -168,19 +168,20 @@ def draw(before: Run, *others: Run) -> "Figure":
 
 
 def find_run(name: str, runs_dir: Path) -> Run:
-    """Return the run in a folder of that name, or the only one in `runs_dir` whose name begins so."""
+    """Return the run in a folder of that name, or the only one in `runs_dir` whose name begins so or has it in it."""
     found = [path for path in (Path(name), runs_dir / name) if path.is_dir()][:1]
-    found = found or sorted(path for path in runs_dir.glob("*") if path.name.startswith(name))
+    for fits in (str.startswith, str.__contains__):
+        found = found or sorted(path for path in runs_dir.glob("*") if fits(path.name, name))
     if len(found) != 1:
-        names = "".join(f"\n    {path.name}" for path in found) or "nothing"
-        raise ConfigurationError(f"{name} is no folder, and in {path_from_here(runs_dir)} begins so: {names}")
+        names = "".join(f"\n    {path.name}" for path in found) or " nothing"
+        raise ConfigurationError(f"{name} must name one run, but in {path_from_here(runs_dir)} it is part of:{names}")
     return read_run(found[0])
 
 
 def main() -> None:
     """Compare the runs that are named, or the two newest that are comparable."""
     parser = ArgumentParser("python -m experiment.compare", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders or name beginnings; all against the first (default: newest 2)")
+    parser.add_argument("runs", nargs="*", help="folders or parts of names; all against the first (default: newest 2)")
     parser.add_argument("--runs-dir", type=Path, default=PROJECT_DIR / "runs", help="where the runs lie")
     arguments = parser.parse_args()
     with user_errors():

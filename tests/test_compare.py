@@ -425,6 +425,11 @@ def test_a_whole_name_is_that_runs_though_another_begins_so(command: Run, before
     assert status == 0 and output.splitlines()[1].endswith("before")
 
 
+def test_a_part_of_a_name_will_do_and_a_beginning_comes_first(command: Run, before: Path) -> None:
+    make_run(before.parent / "after-before", BETTER)
+    assert command("bef", "ter-b")[1] == 0
+
+
 def test_a_name_is_found_from_within_the_runs_folder(
     command: Run, before: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,7 +440,7 @@ def test_a_name_is_found_from_within_the_runs_folder(
 
 def test_a_name_that_no_run_has_is_refused(command: Run) -> None:
     errors, status = command("before", "nowhere")
-    assert status == 2 and "nowhere is no folder" in errors
+    assert status == 2 and "it is part of: nothing" in errors
 
 
 def test_the_command_explains_what_it_cannot_tell(
@@ -457,7 +462,11 @@ def test_the_command_answers_in_a_process_of_its_own(before: Path, tmp_path: Pat
     assert [process.returncode for process in processes] == [0, 2], errors
     assert output.startswith("runs/after\nAgainst runs/before\n") and "better" in output
     assert output.endswith("Worth opening:\n  runs/after/compare.png\n")
-    assert errors.splitlines()[1:] == ["  aft is no folder, and in runs begins so: ", "      after", "      after-2"]
+    assert errors.splitlines()[1:] == [
+        "  aft must name one run, but in runs it is part of:",
+        "      after",
+        "      after-2",
+    ]
 
 
 def test_the_picture_is_drawn_though_nobody_reads_what_is_said(before: Path, tmp_path: Path) -> None:
