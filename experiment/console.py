@@ -86,7 +86,8 @@ def summary_text(result: ExperimentResult) -> str:
             f"loss {summary['loss_mean']:.4f} ± {summary['loss_std']:.4f} (mean ± standard deviation)"
         )
     lines += ["", *result.failures.values()] if result.failures else []
-    return "\n".join([*lines, "", f"Time taken: {format_seconds(environment['seconds'])}"])
+    since = " since it went on" if environment["resumed"] else ""
+    return "\n".join([*lines, "", f"Time taken: {format_seconds(environment['seconds'])}{since}"])
 
 
 def _test_lines(final: FitResult) -> list[str]:

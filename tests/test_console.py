@@ -1,11 +1,13 @@
 """What the user sees in the terminal."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import Start
 
-from experiment.console import format_seconds
+from experiment.console import format_seconds, summary_text
+from experiment.results import ExperimentResult
 
 
 @pytest.mark.slow
@@ -19,3 +21,13 @@ def test_without_a_terminal_there_are_rows_and_no_bar(start_script: Start) -> No
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42 s"), (185, "3:05"), (3723, "1:02:03")])
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("resumed", "line"), [(False, "Time taken: 1:05"), (True, "Time taken: 1:05 since it went on")]
+)
+def test_the_time_of_a_run_that_was_cut_off_is_called_a_part_of_it(
+    resumed: bool, line: str, cnn_result: ExperimentResult
+) -> None:
+    environment = cnn_result.environment | {"seconds": 65, "resumed": resumed}
+    assert summary_text(replace(cnn_result, environment=environment)).splitlines()[-1] == line

@@ -8,7 +8,7 @@ import numpy as np
 from conftest import FIGURES
 from PIL import Image
 
-from experiment.figures import draw_figures
+from experiment.figures import draw_figures, report_text
 from experiment.results import ExperimentResult
 
 
@@ -29,6 +29,11 @@ def test_the_report_shows_every_figure_that_lies_beside_it(cnn_result: Experimen
 def test_a_run_whose_final_fit_failed_has_learning_curves_alone(cnn_result: ExperimentResult) -> None:
     assert list(draw_figures(replace(cnn_result, final=None, mistakes=[]))) == ["learning_curves.png"]
     assert draw_figures(replace(cnn_result, final=None, folds=[], mistakes=[])) == {}
+
+
+def test_the_report_names_the_model_only_where_there_is_one(cnn_result: ExperimentResult) -> None:
+    for final, named in ((cnn_result.final, True), (None, False)):
+        assert ("model.pt" in report_text(replace(cnn_result, final=final), "", [])) == named
 
 
 def test_a_network_without_a_mistake_has_all_figures(cnn_result: ExperimentResult) -> None:
