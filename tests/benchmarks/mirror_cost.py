@@ -4,6 +4,7 @@ In turn, on one thread, with the network, batch size and precision of main_cnn.p
 the evaluation of as many images, without and with MIRROR. Prints the median of the paired ratios, lowest and highest.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def seconds(work: Callable[[bool], None], mirror: bool) -> float:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     fit = fits_of()[0]
     device, precision = torch.device(fit.device), getattr(torch, fit.precision)

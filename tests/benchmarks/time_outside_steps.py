@@ -6,6 +6,7 @@ test, checkpoints, logging, figures, and workers waiting for each other. The res
 RUNS_DIR.
 """
 
+import argparse
 import os
 import struct
 import tempfile
@@ -48,6 +49,7 @@ class ConvolutionalNeuralNetwork(models.ConvolutionalNeuralNetwork):
 
 def main() -> None:
     """Run, measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[LOG] = f"{folder}/steps"
         start = time.perf_counter()
