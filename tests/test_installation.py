@@ -129,9 +129,10 @@ def test_the_cpu_index_is_not_asked_for_a_gpu_nor_elsewhere(
             unasked.accept()
 
 
-@pytest.mark.parametrize(("arguments", "device"), [([], ""), (["GPU=1"], " --device auto")])
-def test_a_gpu_is_trained_on_where_its_build_was_asked_for(arguments: list[str], device: str) -> None:
-    told = subprocess.run(["make", "-n", "train", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+@pytest.mark.parametrize(("gpu", "device"), [("", ""), ("1", " --device auto")])
+def test_a_gpu_is_trained_on_where_its_build_was_asked_for(gpu: str, device: str) -> None:
+    command = ["make", "--no-print-directory", "-n", "train", f"GPU={gpu}"]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert told.stdout.rstrip().endswith(f"main_cnn.py{device}")
 
 
