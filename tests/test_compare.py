@@ -440,7 +440,8 @@ def test_a_name_is_found_from_within_the_runs_folder(
 
 def test_a_name_that_no_run_has_is_refused(command: Run) -> None:
     errors, status = command("before", "nowhere")
-    assert status == 2 and "it is part of: nothing" in errors
+    assert status == 2 and errors.splitlines()[1].startswith("  nowhere must name one run")
+    assert errors.endswith("it is part of: nothing\n")
 
 
 def test_the_command_explains_what_it_cannot_tell(
