@@ -4,10 +4,13 @@ Nothing here writes a file or talks to the user. What makes it fast without chan
 """
 
 import ctypes
+import pickle
+import random
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,6 +25,7 @@ from data_utils import Batches, cached_dataset, path_of, pixel_statistics, split
 EVALUATION_BATCH_SIZE = 256  # larger ones leave the processor's cache and are slower
 CHANNELS_LAST = torch.channels_last  # the layout in which convolutions are faster
 State = dict[str, Any]  # state dicts of "model", "optimizer" and "scheduler"
+Metrics = dict[str, Any]  # of one epoch, by the names under which they are logged
 _one_at_a_time = threading.Lock()  # a process has one random generator and one number of threads
 
 
@@ -29,7 +33,8 @@ _one_at_a_time = threading.Lock()  # a process has one random generator and one 
 class Fit:
     """One model to train on some images and to evaluate on others, with all that its bits depend on.
 
-    `held_out` are the training images to evaluate on, as `data_utils.split` takes them; None makes it the final fit.
+    `held_out_mask` says which training images to evaluate on, as `data_utils.split` takes it; None makes it the final
+    fit.
     """
 
     name: str
@@ -37,7 +42,7 @@ class Fit:
     dataset: str
     data_dir: str
     data_digest: str
-    held_out: bytes | None
+    held_out_mask: bytes | None
     epochs: int
     batch_size: int
     learning_rate: float
@@ -130,7 +135,7 @@ def _mean_per_sample(losses: list[Tensor], sizes: list[int]) -> float:
     return (torch.stack(losses).cpu().double() @ weights / weights.sum()).item()
 
 
-def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[str, Any]]:
+def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics]:
     """Train one fit for one epoch and evaluate it where that is due; the same arguments give the same bits.
 
     Parameters
@@ -155,36 +160,69 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, dict[st
     data_utils.DatasetError
         If this machine cannot get the data set, or has another one of that name.
     """
-    with _one_at_a_time:
+    device, precision = torch.device(fit.device), getattr(torch, fit.precision)
+    with _one_at_a_time, threads_and_seed(fit.threads, seed_of(fit, epoch), device):
         _keep_freed_memory()
-        torch.set_num_threads(fit.threads)
-        torch.manual_seed(int(np.random.SeedSequence((fit.rng_seed, epoch)).generate_state(1, np.uint64)[0]))
-        device, precision = torch.device(fit.device), getattr(torch, fit.precision)
-        train_on, evaluate_on = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
-        mean, std = pixel_statistics(train_on[0])
-        batches = Batches(*train_on, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
-        model = build_network(fit.model_class, device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
-        scheduler = _make_scheduler(fit, optimizer, len(batches) * fit.epochs)
-        if state is not None:
-            _load(state, model, optimizer, scheduler)
+        dataset = cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest)
+        training_part, evaluation_part = split(dataset, fit.held_out_mask)
+        mean, std = pixel_statistics(training_part[0])
+        training_batches = Batches(*training_part, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
 
+        model = build_network(fit.model_class, device)
         loss_fn = nn.CrossEntropyLoss()
-        metrics: dict[str, Any] = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        loss, accuracy = train_loop(batches, model, loss_fn, optimizer, scheduler, precision)
-        metrics |= {"train/loss": loss, "train/accuracy": accuracy}
-        if fit.held_out is not None or epoch == fit.epochs:
-            batches = Batches(*evaluate_on, EVALUATION_BATCH_SIZE, mean, std, device)
-            loss, labels, probabilities = test_loop(batches, model, loss_fn, precision, fit.mirror)
-            if fit.held_out is not None:
-                accuracy = (probabilities.argmax(1) == labels).double().mean().item()
-                metrics |= {"validation/loss": loss, "validation/accuracy": accuracy}
-            if epoch == fit.epochs:
-                metrics["evaluation"] = loss, labels, probabilities
-        for values in optimizer.state.values():
-            values |= {name: value.cpu() for name, value in values.items()}
-        parts: dict[str, Any] = {"model": model.cpu(), "optimizer": optimizer, "scheduler": scheduler}
-        return {name: part.state_dict() for name, part in parts.items()}, metrics
+        optimizer = make_optimizer(model, fit.learning_rate)
+        scheduler = _make_scheduler(fit, optimizer, len(training_batches) * fit.epochs)
+        if state is not None:
+            load_state(state, model, optimizer)
+            scheduler.load_state_dict(state["scheduler"])
+
+        metrics: Metrics = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+        train_loss, train_accuracy = train_loop(training_batches, model, loss_fn, optimizer, scheduler, precision)
+        metrics |= {"train/loss": train_loss, "train/accuracy": train_accuracy}
+
+        is_fold, is_last = fit.held_out_mask is not None, epoch == fit.epochs
+        if is_fold or is_last:
+            evaluation_batches = Batches(*evaluation_part, EVALUATION_BATCH_SIZE, mean, std, device)
+            evaluation = test_loop(evaluation_batches, model, loss_fn, precision, fit.mirror)
+            if is_fold:
+                metrics |= {"validation/loss": evaluation[0], "validation/accuracy": accuracy_of(*evaluation[1:])}
+            if is_last:
+                metrics["evaluation"] = evaluation
+        return state_of(model, optimizer) | {"scheduler": scheduler.state_dict()}, metrics
+
+
+def seed_of(fit: Fit, epoch: int) -> int:
+    """Return the seed of all that is random in one epoch of a fit, from 0 to 2⁶⁴ − 1."""
+    return int(np.random.SeedSequence((fit.rng_seed, epoch)).generate_state(1, np.uint64)[0])
+
+
+def accuracy_of(labels: Tensor, probabilities: Tensor) -> float:
+    """Return the share of right answers, of labels (N,) and class probabilities (N, classes)."""
+    return (probabilities.argmax(1) == labels).double().mean().item()
+
+
+@contextmanager
+def threads_and_seed(threads: int, seed: int, device: torch.device) -> Iterator[None]:
+    """Compute with so many threads, everything random seeded; leave threads and generators as they were."""
+    threads_before = torch.get_num_threads()
+    numpy_before, python_before = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # it takes no more
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads_before)
+            np.random.set_state(numpy_before)
+            random.setstate(python_before)
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Return Adam (Kingma and Ba, 2014) for all weights of a model; fused, which knows no complex weights."""
+    is_complex = any(parameter.is_complex() for parameter in model.parameters())
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=not is_complex)
 
 
 def _make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -196,55 +234,151 @@ def _make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> L
     return ConstantLR(optimizer, factor=1.0)
 
 
-def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
+def load_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Go on from a state, with copies of its tensors that lie in memory as the model's parameters do.
 
     Adam(fused=True) reads both as flat memory: in another layout, which Dask may send, it computes something else.
     """
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            values[name] = torch.empty_like(parameter if value.shape == parameter.shape else value).copy_(value)
+            like = parameter if value.shape == parameter.shape else value
+            values[name] = torch.empty_like(like).copy_(value)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Return the state dicts of "model" and "optimizer", on the CPU; the model goes there, too."""
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            values[name] = value.cpu()
+    return {"model": model.cpu().state_dict(), "optimizer": optimizer.state_dict()}
+
+
+class Failure:
+    """What went wrong in a call, as a value; `error` is the exception.
+
+    So whatever an executor raises is the executor's own failure, and nobody has to guess whose an exception is.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it with the places of its traceback, since a traceback cannot be pickled."""
+        try:
+            pickled = pickle.dumps(self.error)
+            pickle.loads(pickled)
+        except Exception:  # an exception of the user's own may raise anything when it is pickled
+            in_words = RuntimeError("".join(traceback.format_exception_only(self.error)).strip())
+            pickled = pickle.dumps(in_words)
+        frames = traceback.extract_tb(self.error.__traceback__)
+        return _failure_elsewhere, (pickled, [(frame.filename, frame.lineno, frame.name) for frame in frames])
+
+
+def _failure_elsewhere(pickled: bytes, places: list[tuple[str, int, str]]) -> Failure:
+    """Return a failure of another process with its traceback as a note; a notebook's lines are known only here."""
+    error = pickle.loads(pickled)
+    stack = traceback.StackSummary.from_list([(file, line, name, None) for file, line, name in places])
+    error.add_note("In a worker process, most recent call last:\n" + "".join(stack.format()).rstrip())
+    return Failure(error)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns or, if anything goes wrong in it, a `Failure`."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return Failure(error)
+    except SystemExit as end:  # which would end a worker process without a word
+        told = RuntimeError(f"the network called sys.exit({end.code!r})")
+        return Failure(told.with_traceback(end.__traceback__))
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A function or a class that is taken out of its pickle where it is called, so that this, too, can be attempted."""
+
+    content: bytes
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call what is in the pickle."""
+        return pickle.loads(self.content)(*arguments)
+
+
+# What follows makes it fast, and may be skipped: it changes how a network computes, but no bit of what it computes.
 
 
 def build_network(model_class: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     """Build a network as it is trained: on its device, and fast. Its layers and their order stay what they were."""
     model = model_class().to(device)
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        with torch.no_grad():  # lazy layers take their sizes from the first batch
-            model.eval()(torch.zeros(2, 1, 28, 28, device=device))
+    _give_lazy_layers_their_sizes(model, device)
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=CHANNELS_LAST)
     for module in model.modules():
-        if type(module).forward is nn.Sequential.forward:
+        if getattr(type(module), "forward", None) is nn.Sequential.forward:
             module.forward = MethodType(_forward_fast, module)
     return model
 
 
-def _forward_fast(self: nn.Sequential, images: Tensor) -> Tensor:
-    """Compute what nn.Sequential computes, to the bit, with less work.
+def _give_lazy_layers_their_sizes(model: nn.Module, device: torch.device) -> None:
+    """Ask a network about two images, evaluating, then training: lazy layers take their sizes from the first batch."""
+    for training in (False, True):
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+            with torch.no_grad():
+                model.train(training)(torch.zeros(2, 1, 28, 28, device=device))
 
-    Pooling before ReLU gives the same values for a quarter of ReLU's work. And what comes back to ReLU from flattened
-    images lies in memory in another layout, which would slow down all layers below: it is put right there.
-    """
-    layers = deque(self)
-    while layers:
-        layer = layers.popleft()
-        is_relu = type(layer) is nn.ReLU and not layer.inplace
-        if is_relu and layers and type(layers[0]) is nn.MaxPool2d and not layers[0].return_indices:
-            images = torch.threshold(layers.popleft()(images), 0, 0)  # ReLU, whose result may be changed in place
+
+def _forward_fast(self: nn.Sequential, images: Tensor) -> Tensor:
+    """Compute what nn.Sequential computes, to the bit, with less work."""
+    layers = list(self)
+    position = 0
+    while position < len(layers):
+        layer = layers[position]
+        next_layer = layers[position + 1] if position + 1 < len(layers) else None
+        if _is_plain_relu(layer) and _is_plain_pooling(next_layer):
+            images = _pool_first(next_layer, images)
+            position += 2
         else:
             images = layer(images)
-        if is_relu and images.requires_grad and images.dim() == 4 and images.is_contiguous(memory_format=CHANNELS_LAST):
-            images.register_hook(lambda gradient: gradient.contiguous(memory_format=CHANNELS_LAST))
+            position += 1
+        if _is_plain_relu(layer):
+            _keep_layout_of_gradient(images)
     return images
+
+
+def _is_plain_relu(layer: nn.Module) -> bool:
+    return type(layer) is nn.ReLU and not layer.inplace and not _has_hooks(layer)
+
+
+def _is_plain_pooling(layer: nn.Module | None) -> bool:
+    return type(layer) is nn.MaxPool2d and not layer.return_indices and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Return whether anybody looks at what goes into a layer or comes out of it."""
+    of_its_own = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(of_its_own) or nn.modules.module._has_any_global_hook()
+
+
+def _pool_first(pooling: nn.Module | None, images: Tensor) -> Tensor:
+    """Return ReLU, then max pooling, of images: in the other order, which has a quarter of the work for ReLU."""
+    assert pooling is not None
+    return torch.threshold(pooling(images), 0, 0)  # ReLU; the result of torch.relu may not be changed in place
+
+
+def _keep_layout_of_gradient(images: Tensor) -> None:
+    """Let the gradient of images come back in their layout: out of `Flatten` it has another, slow for what is below."""
+    if images.requires_grad and images.dim() == 4 and images.is_contiguous(memory_format=CHANNELS_LAST):
+        images.register_hook(lambda gradient: gradient.contiguous(memory_format=CHANNELS_LAST))
 
 
 def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next batch (`man mallopt`), where new pages may take a third of the time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is smaller comes from the heap
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap shrinks only where so much is free at its end

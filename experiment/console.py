@@ -1,48 +1,89 @@
-"""What the user sees in the terminal: progress, tables, durations and paths."""
+"""What the user sees in the terminal: progress, tables and durations, in 80 columns."""
 
 import contextlib
 import os
 import statistics
 import sys
+import textwrap
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from experiment.results import COMPUTED, ExperimentResult, FitResult
+from experiment.results import ExperimentResult, FitResult
 
-HEADINGS = ("epoch", "train loss", "train accuracy", "validation accuracy", "time")
+WIDTH = 80
+HEADINGS = (" epoch ", " train loss  accuracy ", " validation loss  accuracy ± deviation ", "   time ")
+BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} epochs, {remaining} left{postfix}"
+History = list[dict[str, float]]
 
 
 class Progress:
-    """One bar over all epochs of all fits (only in a terminal) and a table row an epoch that all folds have done."""
+    """One bar over all epochs of all fits (only in a terminal) and a table row an epoch that all folds have done.
 
-    def __init__(self, epochs: int, done: int) -> None:
-        self._started, self._rows = time.monotonic(), 0
+    Parameters
+    ----------
+    fit_names : iterable of str
+        Of the folds and of "final".
+    epochs : int
+        Of each fit.
+    """
+
+    def __init__(self, fit_names: Iterable[str], epochs: int) -> None:
+        self.histories: dict[str, History] = {name: [] for name in fit_names}
+        self._diverged: set[str] = set()
+        self._rows = 0
+        self._started = time.monotonic()
+        self._done_before = 0  # epochs of an earlier attempt, which took none of the time since then
         hidden = not sys.stderr.isatty()
-        self._bar = tqdm(total=epochs, initial=done, unit="epoch", disable=hidden, dynamic_ncols=True, smoothing=0)
-        say("\n " + " │ ".join(HEADINGS) + "   (means over the folds)")
-        say("─" + "─┼─".join("─" * len(heading) for heading in HEADINGS) + "───")
+        total = epochs * len(self.histories)
+        self._bar = tqdm(total=total, disable=hidden, dynamic_ncols=True, smoothing=0, bar_format=BAR)
 
-    def step(self, fit_name: str, metrics: dict[str, float]) -> None:
-        """Move the bar by one epoch of one fit."""
-        accuracy = metrics.get("validation/accuracy", metrics["train/accuracy"])
-        done = f"{fit_name}: loss {metrics['train/loss']:.3f}, accuracy {accuracy:.4f}"
-        self._bar.set_postfix_str(done, refresh=False)
+    def begin(self, histories: dict[str, History]) -> None:
+        """Begin the table, with the epochs that an earlier attempt has done."""
+        say(f"\nMeans over the {len(histories) - 1} folds, ± their standard deviation:\n")
+        say("│".join(HEADINGS).rstrip())
+        say("┼".join("─" * len(heading) for heading in HEADINGS))
+        for name, history in histories.items():
+            self.histories[name] = list(history)
+        self._done_before = self._epochs_done()
+        self._bar.initial = self._bar.n = self._done_before
+        self._print_new_rows()
+
+    def step(self, fit_name: str, metrics: dict[str, float], diverged: bool = False) -> bool:
+        """Move the bar by one epoch of one fit; return whether all folds have done another epoch now."""
+        self.histories[fit_name].append(metrics)
+        if diverged:
+            self._diverged.add(fit_name)
+        self._bar.set_postfix_str(_latest(fit_name, metrics), refresh=False)
         with contextlib.suppress(OSError):  # the terminal is gone
             self._bar.update()
+        return self._print_new_rows()
 
-    def rows(self, histories: list[list[dict[str, float]]]) -> None:
-        """Print a table row for each further epoch that all of the folds' histories have."""
-        while histories and min(map(len, histories)) > self._rows:
-            epoch = [history[self._rows] for history in histories]
+    def _epochs_done(self) -> int:
+        return sum(len(history) for history in self.histories.values())
+
+    def _print_new_rows(self) -> bool:
+        folds = [history for name, history in self.histories.items() if name != "final" and name not in self._diverged]
+        rows_before = self._rows
+        while folds and min(len(history) for history in folds) > self._rows:
+            epoch = [history[self._rows] for history in folds]
             self._rows += 1
-            loss, train = (statistics.fmean(row[f"train/{name}"] for row in epoch) for name in ("loss", "accuracy"))
-            validation = [row["validation/accuracy"] for row in epoch]
-            mean, spread = statistics.fmean(validation), statistics.stdev(validation) if len(validation) > 1 else 0.0
-            taken = format_seconds(time.monotonic() - self._started)
-            say(f"{self._rows:>6} │ {loss:>10.4f} │ {train:>14.4f} │ {mean:>10.4f} ± {spread:.4f} │ {taken:>7}")
+            say(_row_of_table(self._rows, epoch, time.monotonic() - self._started))
+            if self._rows == 1:
+                self._say_how_long()
+        return self._rows > rows_before
+
+    def _say_how_long(self) -> None:
+        """Say about how long the rest will take, by what the epochs took until now."""
+        done = self._epochs_done()
+        done_here = done - self._done_before
+        left = self._bar.total - done
+        if done_here and left:
+            seconds_an_epoch = (time.monotonic() - self._started) / done_here
+            say(f"       │ about {format_seconds(seconds_an_epoch * left)} to go")
 
     def __enter__(self) -> "Progress":
         return self
@@ -52,54 +93,98 @@ class Progress:
             self._bar.close()
 
 
-def say(line: str) -> None:
+def _latest(fit_name: str, metrics: dict[str, float]) -> str:
+    """Return what the bar says of the epoch that was done last: whose figure it is, and of which images."""
+    if "validation/accuracy" in metrics:
+        return f"{fit_name}: {metrics['validation/accuracy']:.4f} in validation"
+    return f"{fit_name}: {metrics['train/accuracy']:.4f} in training"
+
+
+def _row_of_table(number: int, epoch: list[dict[str, float]], seconds: float) -> str:
+    """Return the table's row of an epoch, given the metrics of all folds."""
+    loss, accuracy, validation_loss = (
+        statistics.fmean(row[name] for row in epoch) for name in ("train/loss", "train/accuracy", "validation/loss")
+    )
+    validation = [row["validation/accuracy"] for row in epoch]
+    deviation = statistics.stdev(validation) if len(validation) > 1 else 0.0
+    return (
+        f"{number:>6} │ {loss:>10.4f}  {accuracy:>8.4f} │ {validation_loss:>15.4f}  "
+        f"{statistics.fmean(validation):>8.4f} ± {deviation:<9.4f} │{format_seconds(seconds):>7}"
+    )
+
+
+def say(text: str) -> None:
     """Print to standard output, above the bar if there is one."""
-    _write(line, sys.stdout)
+    _write(text, sys.stdout)
 
 
-def warn(line: str) -> None:
+def warn(text: str) -> None:
     """Print to standard error, above the bar if there is one."""
-    _write(line, sys.stderr)
+    _write(text, sys.stderr)
 
 
-def _write(line: str, stream: TextIO) -> None:
+def _write(text: str, stream: TextIO) -> None:
     try:
-        tqdm.write(line, file=stream)
+        tqdm.write(text, file=stream)
         stream.flush()
     except OSError:  # the terminal or the pipe is gone: the run goes on without
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def summary_text(result: ExperimentResult) -> str:
-    """Return the tables of a finished run, as the terminal and report.md show them."""
-    config, environment = result.config, result.environment
-    lines = ["Hyperparameters"]
-    lines += [f"  {name.upper():<15}{config[name]}" for name in COMPUTED]
-    lines.append(f"  on {environment['device']} in {environment['precision']}, workers: {environment['workers']}")
-    if result.final:
-        lines += ["", *_test_lines(result.final)]
-    lines += ["", "Cross-validation", "  fold      accuracy     loss"]
+def wrap(text: str) -> str:
+    """Return a sentence in lines of at most 80 columns."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def show_pictures(paths: Iterable[Path]) -> None:
+    """Show pictures under the cell, where this runs in a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return
+    from IPython.display import Image, display
+
+    for path in paths:
+        display(Image(filename=str(path)))
+
+
+def folds_text(result: ExperimentResult) -> str:
+    """Return the table of the folds, as the terminal and report.md show it."""
+    lines = ["Cross-validation", "  fold      accuracy     loss"]
     lines += [f"  {fold.name:<10}{fold.accuracy:>8.4f}{fold.loss:>9.4f}" for fold in result.folds]
-    if summary := result.cross_validation:
+    summary = result.cross_validation
+    if summary:
         lines.append(
             f"  accuracy {summary['accuracy_mean']:.4f} ± {summary['accuracy_std']:.4f} · "
             f"loss {summary['loss_mean']:.4f} ± {summary['loss_std']:.4f} (mean ± standard deviation)"
         )
-    lines += ["", *result.failures.values()] if result.failures else []
-    since = " since it went on" if environment["resumed"] else ""
-    return "\n".join([*lines, "", f"Time taken: {format_seconds(environment['seconds'])}{since}"])
+    return "\n".join(lines)
 
 
-def _test_lines(final: FitResult) -> list[str]:
+def final_text(final: FitResult) -> str:
+    """Return the table of the test, a row a class, as the terminal and report.md show it."""
     rows = {name: row for name, row in final.report.items() if isinstance(row, dict)}
-    width = max(len(name) for name in rows) + 2
+    width = max(len(display_name(name)) for name in rows) + 2
     lines = [
         f"Test set, {int(rows['macro avg']['support']):,} images",
         f"  {'class':<{width}}{'precision':>11}{'recall':>9}{'F1':>9}",
     ]
     for name, row in rows.items():
-        lines.append(f"  {name:<{width}}{row['precision']:>11.4f}{row['recall']:>9.4f}{row['f1-score']:>9.4f}")
-    return [*lines, f"  accuracy {final.accuracy:.4f} · loss {final.loss:.4f} (mean cross-entropy an image)"]
+        figures = f"{row['precision']:>11.4f}{row['recall']:>9.4f}{row['f1-score']:>9.4f}"
+        lines.append(f"  {display_name(name):<{width}}{figures}")
+    lines.append(f"  accuracy {final.accuracy:.4f} · loss {final.loss:.4f} (mean cross-entropy an image)")
+    return "\n".join(lines)
+
+
+def time_text(result: ExperimentResult) -> str:
+    """Return how long the run took."""
+    since = " since it went on" if result.environment["resumed"] else ""
+    return f"Time taken: {format_seconds(result.environment['seconds'])}{since}"
+
+
+def display_name(class_name: str) -> str:
+    """Return the name of a class, so that a digit is not taken for a figure."""
+    return f"class {class_name}" if class_name.isdigit() else class_name
 
 
 def format_seconds(seconds: float) -> str:
@@ -109,12 +194,3 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{rest:02}"
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
-
-
-def path_from_here(path: Path) -> str:
-    """Return the path relative to the working directory, or as it is where that would be more roundabout."""
-    try:
-        relative = os.path.relpath(path)
-    except ValueError:  # another drive, on Windows
-        return str(path)
-    return str(path) if relative.startswith(os.path.join("..", "..")) else relative

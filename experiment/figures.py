@@ -1,19 +1,36 @@
 """The pictures and report.md of a run, as the bytes of files."""
 
 import io
-import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiment.console import summary_text
+from data_utils import PROJECT_DIR
+from experiment.console import History, display_name, final_text, folds_text, time_text
+from experiment.errors import beside_the_run
 from experiment.results import ExperimentResult, FitResult, Mistake
+from experiment.settings import HYPERPARAMETERS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
+MOST_OF_THE_TIME = 0.01  # that may go into drawing while the fits learn
+SCRIPTS = ("main_cnn.py", "main_tutorial.py")
+CAPTIONS = {
+    "learning_curves.png": "Loss (left) and accuracy (right) after each epoch. Where training goes on getting better "
+    "and validation does not, the network learns its training images by heart.",
+    "per_class.png": "How well each class is recognised, the worst at the bottom: the folds' spread, and the test.",
+    "confusion_matrix.png": "What is taken for what: rows are what an image is, columns what the network took it for.",
+    "mistakes.png": "The wrong answers on the test images that the network was surest of, the surest first.",
+    "compare.png": "What changed against the nearest earlier run: each fold's difference, their mean, and the interval "
+    "in which the true one lies 95 times of 100. An interval that does not touch the line is a difference.",
+}
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
@@ -21,7 +38,12 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
 
     Without a final result only the learning curves are drawn, without any nothing is.
     """
-    figures = {"learning_curves.png": _draw_learning_curves(result)} if result.folds else {}
+    figures = {}
+    if result.folds:
+        histories = {fit.name: fit.history for fit in result.folds}
+        if result.final:
+            histories["final"] = result.final.history
+        figures["learning_curves.png"] = draw_learning_curves(histories)
     if result.final:
         figures["per_class.png"] = _draw_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
@@ -31,7 +53,7 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
 
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of that size in inches."""
-    from matplotlib.figure import Figure  # not above, where it would end the run: it raises for a strange MPLBACKEND
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -43,57 +65,74 @@ def png_of(figure: "Figure", dpi: float = 110) -> bytes:
     return picture.getvalue()
 
 
-def report_text(result: ExperimentResult, comparison: str, figures: Iterable[str]) -> str:
-    """Return report.md, which says how the run compares with an earlier one and shows the figures of these names."""
-    compared = f"\n```\n{comparison}\n```\n" if comparison else ""
-    pictures = "".join(f"![{name}]({name})\n\n" for name in figures)
-    model = "\n- `model.pt`: the weights of the final network, for `load_state_dict`." if result.final else ""
-    environment = json.dumps(result.environment, indent=2, ensure_ascii=False)
-    return f"""# {result.run_dir.name}
+class GrowingCurves:
+    """learning_curves.png, drawn anew while the fits learn, as often as that takes a hundredth of the time at most.
 
-```
-{summary_text(result)}
-```
-{compared}
-{pictures}## Environment
+    Parameters
+    ----------
+    save : callable
+        Saves a file, given its name and its bytes.
+    """
 
-```json
-{environment}
-```
+    def __init__(self, save: Callable[[str, bytes], None]) -> None:
+        self._save = save
+        self._started = time.monotonic()
+        self._spent = 0.0
+        self._last = 1.0  # seconds that it took the last time; at first, about what it takes to import matplotlib
 
-## More
+    def draw(self, histories: dict[str, History]) -> None:
+        """Draw what the fits have done until now, if there is time."""
+        began = time.monotonic()
+        if self._spent + self._last > MOST_OF_THE_TIME * (began - self._started):
+            return
+        with beside_the_run("learning_curves.png for now"):
+            self._save("learning_curves.png", png_of(draw_learning_curves(histories)))
+        self._last = time.monotonic() - began
+        self._spent += self._last
 
-- `results.json`: every figure at full precision; `config.json`: what was asked.{model}
-- In Weights & Biases: the runs of the group `{result.run_dir.name}`; offline, `wandb leet` shows them in the terminal.
-"""
 
+def draw_learning_curves(histories: dict[str, History]) -> "Figure":
+    """Draw loss and accuracy after each epoch, in training and in validation: folds thin, their mean thick.
 
-def _draw_learning_curves(result: ExperimentResult) -> "Figure":
-    figure = new_figure(10, 7)
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    for row, (quantity, unit) in enumerate((("loss", "mean cross-entropy per image"), ("accuracy", "share right"))):
-        for column, (part, colour) in enumerate((("train", BLUE), ("validation", ORANGE))):
-            plot = axes[row, column]
-            curves = np.array([[epoch[f"{part}/{quantity}"] for epoch in fold.history] for fold in result.folds])
-            epochs = [epoch["epoch"] for epoch in result.folds[0].history]
-            mean, std = curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(epochs))
-            for number, curve in enumerate(curves):
-                plot.plot(epochs, curve, color=colour, alpha=0.4, linewidth=0.8, label=None if number else "each fold")
-            plot.plot(epochs, mean, color=colour, linewidth=2.5, marker=".", label="mean of the folds")
-            plot.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, label="± standard deviation")
-            if part == "train" and result.final:
-                final = [epoch[f"train/{quantity}"] for epoch in result.final.history]
-                plot.plot(epochs, final, color="black", linestyle="--", linewidth=1.2, label="final, on all images")
-            title = "on the images trained on" if part == "train" else "on the fold held out (validation)"
-            plot.set(title=title, ylabel=f"{quantity} ({unit})")
-            plot.tick_params(labelleft=True)
-            plot.grid(alpha=0.3)
-            plot.legend()
-    for plot in axes[1]:
-        plot.set_xlabel("epoch")
-        plot.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"Learning curves: {result.run_dir.name}")
+    Parameters
+    ----------
+    histories : dict
+        A dict an epoch of each fold and, where it has been trained, of "final".
+    """
+    figure = new_figure(11, 4.8)
+    panels = figure.subplots(1, 2)
+    folds = [history for name, history in histories.items() if name != "final" and history]
+    epochs_of_all = min((len(history) for history in folds), default=0)
+    for panel, quantity, unit in zip(
+        panels, ("loss", "accuracy"), ("mean cross-entropy an image", "share right"), strict=True
+    ):
+        for part, colour, what in (
+            ("train", BLUE, "training (while it learns)"),
+            ("validation", ORANGE, "validation (the part held out)"),
+        ):
+            _plot_folds(panel, [[row[f"{part}/{quantity}"] for row in fold] for fold in folds], colour)
+            mean = np.mean([[row[f"{part}/{quantity}"] for row in fold[:epochs_of_all]] for fold in folds], axis=0)
+            epochs = range(1, epochs_of_all + 1)
+            panel.plot(epochs, mean, color=colour, linewidth=2.5, marker="o", markersize=5, label=f"mean: {what}")
+        final = [row[f"train/{quantity}"] for row in histories.get("final", [])]
+        if final:
+            epochs = range(1, len(final) + 1)
+            label = "final fit: training, on all images"
+            panel.plot(epochs, final, color="black", linestyle="--", linewidth=1.3, marker=".", label=label)
+        panel.set(title=quantity, xlabel="epoch", ylabel=f"{quantity} ({unit})")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    if max((len(history) for history in histories.values()), default=0) == 1:
+        for panel in panels:
+            panel.set(xlim=(0.5, 1.5), xticks=[1])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _plot_folds(panel: "Axes", curves: list[list[float]], colour: str) -> None:
+    for number, curve in enumerate(curves):
+        label = "each fold" if number == 0 and colour == BLUE else None
+        panel.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.45, linewidth=0.9, marker=".", label=label)
 
 
 def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
@@ -107,7 +146,7 @@ def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
         test = final.report[name]["f1-score"]
         plot.plot(test, place, "D", color=ORANGE, markersize=8, label=None if place else "final, on the test images")
         plot.annotate(f"{test:.3f}", (test, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
-    plot.set_yticks(range(len(classes)), classes)
+    plot.set_yticks(range(len(classes)), [display_name(name) for name in classes])
     plot.set(ylim=(-0.6, len(classes) - 0.3), title="How well each class is recognised")
     plot.set(xlabel="F1 score (1 is best)", ylabel="class")
     plot.grid(alpha=0.3)
@@ -126,8 +165,9 @@ def _draw_confusion_matrix(final: FitResult) -> "Figure":
             share = shares[row, column]
             colour = "white" if share > 50 else "black"
             plot.text(column, row, f"{count}\n{share:.1f} %", ha="center", va="center", color=colour, fontsize=8)
-    plot.set_xticks(range(len(counts)), final.classes, rotation=45, ha="right")
-    plot.set_yticks(range(len(counts)), final.classes)
+    names = [display_name(name) for name in final.classes]
+    plot.set_xticks(range(len(counts)), names, rotation=45, ha="right")
+    plot.set_yticks(range(len(counts)), names)
     plot.set(xlabel="predicted class", ylabel="true class")
     plot.set_title("What is taken for what: test images, and their share of the true class")
     figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
@@ -135,14 +175,124 @@ def _draw_confusion_matrix(final: FitResult) -> "Figure":
 
 
 def _draw_mistakes(mistakes: list[Mistake]) -> "Figure":
-    columns, rows = 6, max(1, -(-len(mistakes) // 6))
+    columns = 6
+    rows = max(1, -(-len(mistakes) // columns))
     figure = new_figure(11, 0.8 + 2.3 * rows)
     figure.suptitle("The surest mistakes on the test images" if mistakes else "No mistake on the test images")
-    for place, plot in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    plots = figure.subplots(rows, columns, squeeze=False).flat
+    for plot in plots:
         plot.set_axis_off()
-        if place < len(mistakes):
-            mistake = mistakes[place]
-            plot.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
-            said = f"{mistake.predicted} ({100 * mistake.probability:.1f} %)"
-            plot.set_title(f"is: {mistake.true}\ntaken for: {said}", fontsize=8)
+    for plot, mistake in zip(figure.axes, mistakes, strict=False):
+        plot.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        said = f"{display_name(mistake.predicted)} ({100 * mistake.probability:.1f} %)"
+        plot.set_title(f"is: {display_name(mistake.true)}\ntaken for: {said}", fontsize=8)
     return figure
+
+
+def report_text(result: ExperimentResult, network: dict[str, Any], comparison: str, figures: list[str]) -> str:
+    """Return report.md: the result in a line, the command that repeats it, the tables, and the figures of these names.
+
+    Parameters
+    ----------
+    result : ExperimentResult
+    network : dict
+        As `Network.to_dict` has it.
+    comparison : str
+        How the run compares with an earlier one; "" if it is the first.
+    figures : list of str
+    """
+    parts = [f"# {result.run_dir.name}", _result_in_a_line(result)]
+    parts += ["The same again:", _fenced(_command_that_repeats(result, network["name"]))]
+    if comparison:
+        parts += ["## Did it help?", _fenced(comparison)]
+        parts += [_picture(name) for name in figures if name == "compare.png"]
+    parts += ["## Results", _fenced(folds_text(result))]
+    if result.final:
+        parts.append(_fenced(final_text(result.final)))
+    parts += [f"- {reason}" for reason in result.failures.values()]
+    parts.append(time_text(result) + ".")
+    parts += ["## Epochs", _table_of_epochs(result)]
+    parts += ["## Pictures", *[_picture(name) for name in figures if name != "compare.png"]]
+    parts += [f"## Network: {network['weights']:,} weights", _fenced(network["printed"])]
+    parts += ["## Machine", _table_of_environment(result.environment)]
+    parts += ["## More", _list_of_files(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _result_in_a_line(result: ExperimentResult) -> str:
+    line = "No final fit."
+    if result.final:
+        line = f"Test accuracy **{result.final.accuracy:.4f}**, loss {result.final.loss:.4f}."
+    summary = result.cross_validation
+    if summary:
+        line += (
+            f" Over {len(result.folds)} folds: accuracy {summary['accuracy_mean']:.4f} ± "
+            f"{summary['accuracy_std']:.4f}, loss {summary['loss_mean']:.4f} ± {summary['loss_std']:.4f} "
+            "(± standard deviation)."
+        )
+    return line
+
+
+def _command_that_repeats(result: ExperimentResult, network_name: str) -> str:
+    """Return the command with every hyperparameter, since the script may be edited tomorrow."""
+    values = {name: result.config[name] for name in HYPERPARAMETERS}
+    values |= {name: result.environment[name] for name in ("device", "precision")}
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    return " ".join(["python", _script_of(network_name), *options])
+
+
+def _script_of(network_name: str) -> str:
+    """Return the script that is running or, where none is, the one that trains the network of that name."""
+    running = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+    if running in SCRIPTS:
+        return running
+    for script in SCRIPTS:
+        if f"import {network_name}\n" in (PROJECT_DIR / script).read_text(encoding="utf-8"):
+            return script
+    return SCRIPTS[0]
+
+
+def _table_of_epochs(result: ExperimentResult) -> str:
+    """Return the means over the folds after each epoch."""
+    lines = [
+        "| epoch | training: loss | accuracy | validation: loss | accuracy |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for rows in zip(*(fold.history for fold in result.folds), strict=True):
+        means = [
+            f"{np.mean([row[name] for row in rows]):.4f}"
+            for name in ("train/loss", "train/accuracy", "validation/loss", "validation/accuracy")
+        ]
+        lines.append(f"| {rows[0]['epoch']} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def _table_of_environment(environment: dict[str, Any]) -> str:
+    lines = ["| what | value |", "| --- | --- |"]
+    for name, value in environment.items():
+        if name == "seconds" or not value:
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        lines.append(f"| {name.replace('_', ' ')} | {value} |")
+    return "\n".join(lines)
+
+
+def _list_of_files(result: ExperimentResult) -> str:
+    lines = ["- `results.json`: every figure at full precision; `config.json`: what was asked."]
+    if result.final:
+        lines.append("- `model.pt`: the weights of the final network, for `load_state_dict`.")
+        lines.append(
+            f"- `python -m experiment.classify picture.png --run {result.run_dir.name}` asks the final network about a "
+            "picture of yours."
+        )
+    lines.append(f"- In Weights & Biases: the runs of the group `{result.run_dir.name}`.")
+    return "\n".join(lines)
+
+
+def _picture(name: str) -> str:
+    return f"![{name}]({name})\n\n{CAPTIONS[name]}"
+
+
+def _fenced(text: str) -> str:
+    return f"```\n{text}\n```"

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.metrics import classification_report, confusion_matrix
 from torch import Tensor
 
 from data_utils import Dataset
+from train_utils import accuracy_of
 
-# The settings that say what is computed, as the entry scripts group them.
-COMPUTED = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
 MISTAKES_SHOWN = 24
 
 
@@ -50,7 +48,7 @@ class Mistake:
     probability: float
 
 
-@dataclass
+@dataclass(repr=False)
 class ExperimentResult:
     """What a run came to; ``to_dict()`` is the content of results.json, which lies in `run_dir`.
 
@@ -82,6 +80,16 @@ class ExperimentResult:
         means = {f"{name}_mean": statistics.fmean(of_folds) for name, of_folds in values.items()}
         return means | {f"{name}_std": statistics.stdev(of_folds) for name, of_folds in values.items()}
 
+    def __repr__(self) -> str:
+        """Return three lines: where it lies, what the test said, what the folds said."""
+        test = "no final fit: it diverged"
+        if self.final:
+            test = f"test accuracy {self.final.accuracy:.4f}, loss {self.final.loss:.4f}"
+        folds = f"{len(self.folds)} folds"
+        if summary := self.cross_validation:
+            folds += f": accuracy {summary['accuracy_mean']:.4f} ± {summary['accuracy_std']:.4f} (standard deviation)"
+        return f"ExperimentResult in {self.run_dir}\n  {test}\n  {folds}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of results.json."""
         return {
@@ -104,20 +112,25 @@ def make_result(
     """Work out the figures of all fits from their checkpoints after the last epoch."""
     present = torch.cat([dataset.train_labels, dataset.test_labels]).unique().tolist()
     class_names = {label: dataset.class_names[label] for label in present}
-    finished = {name: one for name, one in checkpoints.items() if not one["failure"]}
-    results = {name: _evaluate(name, one["history"], one["evaluation"], class_names) for name, one in finished.items()}
-    final, mistakes = results.pop("final", None), []
-    if final:
-        _, labels, probabilities = finished["final"]["evaluation"]
-        mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
-    failures = {name: one["failure"] for name, one in checkpoints.items() if one["failure"]}
-    return ExperimentResult(config, list(results.values()), final, failures, mistakes, environment, run_dir)
+    folds, final, mistakes, failures = [], None, [], {}
+    for name, checkpoint in checkpoints.items():
+        if checkpoint["failure"]:
+            failures[name] = checkpoint["failure"]
+        elif name == "final":
+            final = _evaluate(name, checkpoint["history"], checkpoint["evaluation"], class_names)
+            _, labels, probabilities = checkpoint["evaluation"]
+            mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+        else:
+            folds.append(_evaluate(name, checkpoint["history"], checkpoint["evaluation"], class_names))
+    return ExperimentResult(config, folds, final, failures, mistakes, environment, run_dir)
 
 
 def _evaluate(
     name: str, history: list[dict[str, float]], evaluation: tuple[float, Tensor, Tensor], class_names: dict[int, str]
 ) -> FitResult:
     """Work out a fit's figures from what `test_loop` returned; a class without any image has no name and no row."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
     loss, labels, probabilities = evaluation
     predictions = probabilities.argmax(1)
     present, names = list(class_names), list(class_names.values())
@@ -125,17 +138,18 @@ def _evaluate(
         labels, predictions, labels=present, target_names=names, output_dict=True, zero_division=0
     )
     report.pop("micro avg", None)  # stands in for the accuracy where a class was predicted that does not occur
-    accuracy = report["accuracy"] = (predictions == labels).double().mean().item()
+    accuracy = report["accuracy"] = accuracy_of(labels, probabilities)
     confusion = confusion_matrix(labels, predictions, labels=present).tolist()
     return FitResult(name, loss, accuracy, report, history, confusion)
 
 
 def _find_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str]) -> list[Mistake]:
-    """Return the wrongly classified images that the network is most sure of."""
+    """Return the wrongly classified images that the network is most sure of, the surest first."""
     sureness, predictions = probabilities.max(1)
     wrong = (predictions != labels).nonzero().flatten()
     surest = wrong[sureness[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
-    return [
-        Mistake(images[i], class_names[labels[i]], class_names[predictions[i]], sureness[i].item())
-        for i in surest.tolist()
-    ]
+    mistakes = []
+    for i in surest.tolist():
+        true, predicted = class_names[labels[i]], class_names[predictions[i]]
+        mistakes.append(Mistake(images[i], true, predicted, sureness[i].item()))
+    return mistakes

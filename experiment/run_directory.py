@@ -1,8 +1,6 @@
 """A run's folder: checkpoints, the lock, going on with an unfinished run, and nothing half-written."""
 
 import contextlib
-import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -12,18 +10,14 @@ import time
 import uuid
 import zipfile
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 
-from experiment.console import path_from_here, say, warn
+from experiment.console import say, warn
 from experiment.errors import RunError, beside_the_run
-from experiment.results import COMPUTED
-from experiment.settings import TrainingConfig
-from train_utils import Fit
+from experiment.network import same_network
 
 
 class RunDirectory:
@@ -33,41 +27,50 @@ class RunDirectory:
     ----------
     runs_dir : Path
     name : str
+        What cannot stand in a file's name is replaced.
     settings : dict
         What was asked, for config.json.
     identity : dict
-        All that the results depend on: a run goes on only with the checkpoints of one whose identity is the same.
+        All that the results depend on: a run goes on only with the checkpoints of one whose identity is the same, but
+        for what the machine does to the last digits of what the network answers.
     resume : bool
         Go on in the newest unfinished directory of the same identity that no other process is busy with.
 
     Raises
     ------
-    OSError, RunError
+    RunError
         If the folder cannot be written.
     """
 
     def __init__(
         self, runs_dir: Path, name: str, settings: dict[str, Any], identity: dict[str, Any], resume: bool
     ) -> None:
-        self._digest = hashlib.sha256(_to_json(identity)).hexdigest()
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        found = self._find_unfinished(runs_dir, name) if resume else None
-        self.resumed = found is not None
-        self.path = found or self._make(runs_dir, name)
-        if not self.resumed:
-            identity = identity | {"digest": self._digest}
-            self.save("config.json", _to_json(settings | {"identity": identity, "wandb_id": uuid.uuid4().hex[:8]}))
-        self.wandb_id: str = json.loads((self.path / "config.json").read_text(encoding="utf-8"))["wandb_id"]
-        for leftover in self.path.glob(".*.unfinished"):
-            leftover.unlink()
+        self._checkpoints: dict[str, dict[str, Any]] = {}  # the last of each fit that was saved
+        stem = re.sub(r"[^\w.\[\]()-]+", "_", name)
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            found = self._find_unfinished(runs_dir, stem, identity) if resume else None
+            self.resumed = found is not None
+            self.path = found or self._make(runs_dir, stem)
+        except OSError as error:
+            raise RunError(f"{path_from_here(runs_dir)} cannot be written ({error.strerror}). Mend that.") from None
+        if self.resumed:
+            self._config = _read_json(self.path / "config.json")
+            for leftover in self.path.glob(".*.unfinished"):
+                leftover.unlink()
+        else:
+            self._config = settings | {"identity": identity, "wandb_id": uuid.uuid4().hex[:8]}
+            self.save("config.json", _to_json(self._config))
+        self.wandb_id: str = self._config["wandb_id"]
 
-    def _find_unfinished(self, runs_dir: Path, name: str) -> Path | None:
-        for path in sorted(runs_dir.glob(f"{name}-*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+    def _find_unfinished(self, runs_dir: Path, stem: str, identity: dict[str, Any]) -> Path | None:
+        begun = [path for path in runs_dir.glob("*/config.json") if path.parent.name.startswith(f"{stem}-")]
+        for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
-                digest = json.loads(path.read_text(encoding="utf-8"))["identity"]["digest"]
-            except (ValueError, KeyError, TypeError):  # not written by this program, or not by this version
+                is_same = _same_identity(_read_json(path)["identity"], identity)
+            except (OSError, ValueError, LookupError, TypeError):  # not written by this program, or by another version
                 continue
-            if digest == self._digest and self._lock_unfinished(path.parent):
+            if is_same and self._lock_unfinished(path.parent):
                 return path.parent
         return None
 
@@ -90,18 +93,21 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # it could not be had, or is gone
             (path / ".lock").unlink()
 
-    def _make(self, runs_dir: Path, name: str) -> Path:
+    def _make(self, runs_dir: Path, stem: str) -> Path:
         """Make and lock a new directory; two runs that start at once never share one."""
-        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
-            path = runs_dir / (stem if number == 1 else f"{stem}-{number}")
+            path = runs_dir / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 break
+        self._acquire(path)
+        return path
+
+    def _acquire(self, path: Path) -> None:
         self._lock = FileLock(path / ".lock")
         with beside_the_run("a lock"):
             self._lock.acquire()
-        return path
 
     def load_checkpoint(self, fit_name: str) -> dict[str, Any] | None:
         """Return the checkpoint of a fit; None if there is none or, with a warning, if it is damaged or not its own."""
@@ -111,27 +117,53 @@ class RunDirectory:
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not look at the checksums
-            checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint is None or checkpoint["belongs_to"] != f"{fit_name} {self._digest}":
+            if damaged:
+                raise ValueError("it is damaged")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if checkpoint["belongs_to"] != self._owner(fit_name):
                 raise ValueError("it is not what this run wrote")
         except Exception as error:  # a damaged file can raise anything, and the fit can always start over
             warn(f"{path_from_here(path)} cannot be used, so {fit_name} starts over: {error}")
             return None
+        self._checkpoints[fit_name] = checkpoint
         return checkpoint
 
     def save_checkpoint(self, fit_name: str, checkpoint: dict[str, Any]) -> None:
         """Save the checkpoint of a fit in the place of its last one."""
-        self.save_tensors(f"{fit_name}.pt", checkpoint | {"belongs_to": f"{fit_name} {self._digest}"})
+        self._checkpoints[fit_name] = checkpoint
+        self._write_checkpoint(fit_name)
 
-    def save_tensors(self, name: str, content: dict[str, Any]) -> None:
-        """Save tensors and plain values as torch does."""
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        self.save(name, buffer.getvalue())
+    def _write_checkpoint(self, fit_name: str) -> None:
+        content = self._checkpoints[fit_name] | {"belongs_to": self._owner(fit_name)}
+        self.save(f"{fit_name}.pt", tensors_as_bytes(content))
+
+    def _owner(self, fit_name: str) -> str:
+        return f"{fit_name} {self.wandb_id}"
 
     def save(self, name: str, content: bytes) -> None:
-        """Save a file in the place of what it was before."""
+        """Save a file in the place of what it was before.
+
+        Raises
+        ------
+        RunError
+            If it cannot be written.
+        """
+        if not self.path.is_dir():
+            self._make_again()
         save_atomically(self.path / name, content)
+
+    def _make_again(self) -> None:
+        """Make the folder that somebody has deleted, with all that is still in memory."""
+        warn(f"{path_from_here(self.path)} is gone: it is made again.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{path_from_here(self.path)} cannot be made again ({error.strerror}).") from None
+        self._lock.release(force=True)
+        self._acquire(self.path)
+        self.save("config.json", _to_json(self._config))
+        for fit_name in self._checkpoints:
+            self._write_checkpoint(fit_name)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Save results.json, which makes the run a finished one, and remove its checkpoints."""
@@ -148,55 +180,25 @@ class RunDirectory:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
-        """Let others have the directory; after an error, say how to go on."""
+        """Let others have the directory; after an error, say what is saved, and how to go on."""
         self._lock.release()
-        if exception_type is not None:
-            where = path_from_here(self.path)
+        if exception_type is None:
+            return
+        where = path_from_here(self.path)
+        saved = [name for name in self._checkpoints if (self.path / f"{name}.pt").exists()]
+        if saved:
             warn(f"Every finished epoch is in {where}: the same command, with RESUME = True, goes on.")
+        else:
+            warn("Not one epoch is saved: the same command starts anew.")
 
 
-def identify(config: TrainingConfig, fit: Fit, network: nn.Module) -> dict[str, Any]:
-    """Return all that a run's results depend on: its settings, what any of its fits says of them, and its network."""
-    return {name: getattr(config, name) for name in COMPUTED} | {
-        "device": fit.device,
-        "precision": fit.precision,
-        "threads": fit.threads,
-        "data": fit.data_digest,
-        "network": str(network),
-        "source": _source_of(network),
-        "torch": str(torch.__version__),
-    }
-
-
-def _source_of(network: nn.Module) -> str:
-    """Return the source of all classes of the network that are not torch's own."""
-    classes = {base for module in network.modules() for base in type(module).__mro__}
-    own = [each for each in classes if each.__module__.partition(".")[0] not in ("torch", "builtins")]
-    return "\n".join(sorted(map(_class_source, own)))
-
-
-def _class_source(each: type) -> str:
+def path_from_here(path: Path) -> str:
+    """Return the path relative to the working directory, or as it is where that would be more roundabout."""
     try:
-        return inspect.getsource(each)
-    except (OSError, TypeError):  # from an interactive shell or a notebook: what it was compiled to
-        own = {name: value for name, value in vars(each).items() if callable(value) or not name.startswith("__")}
-        return f"{each.__qualname__}: {[(name, _describe(own[name])) for name in sorted(own)]}"
-
-
-def _describe(value: Any) -> str:
-    """Return what a value is in words that are the same in two processes: no address, and a set's members in order."""
-    if isinstance(value, property):
-        value = (value.fget, value.fset)
-    value = getattr(value, "__func__", value)  # of a class method or a static one
-    if isinstance(value, FunctionType):
-        value = (value.__code__, value.__defaults__, value.__kwdefaults__)
-    if isinstance(value, CodeType):
-        value = (value.co_name, value.co_code.hex(), value.co_names, value.co_varnames, value.co_consts)
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_describe, value))})"
-    if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_describe, value)))}}}"
-    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
+        relative = os.path.relpath(path)
+    except (OSError, ValueError):  # the working directory is gone; or it is on another drive, on Windows
+        return str(path)
+    return str(path) if relative.startswith(os.path.join("..", "..")) else relative
 
 
 def save_atomically(path: Path, content: bytes) -> None:
@@ -225,7 +227,28 @@ def save_atomically(path: Path, content: bytes) -> None:
             f"{path_from_here(path)} cannot be written ({error.strerror}). Make room, or mend that."
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def tensors_as_bytes(content: dict[str, Any]) -> bytes:
+    """Return tensors and plain values as the bytes of a file of torch's."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _same_identity(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two runs compute the same: all is equal, but what the network answers may differ a little."""
+    if not isinstance(one, dict):  # another program's
+        return False
+    plain_one = {name: value for name, value in one.items() if name != "network"}
+    plain_other = {name: value for name, value in other.items() if name != "network"}
+    return plain_one == plain_other and same_network(one["network"], other["network"])
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _to_json(content: dict[str, Any]) -> bytes:

@@ -2,18 +2,49 @@
 
 import argparse
 import ast
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
-from pydantic import Field, StrictInt
+import torch
+from pydantic import AfterValidator, Field, Strict, StrictInt
 from pydantic_core import PydanticCustomError
 
 from experiment.errors import ConfigurationError, user_errors
-from experiment.machine import device_is_here
 from experiment.wandb_sweep import sweep_parameters
+
+# The settings that say what is computed, as the entry scripts group them.
+HYPERPARAMETERS = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+
+
+def device_is_here(device: str) -> bool:
+    """Return whether the machine has "cpu", "auto", "mps", "cuda" or "cuda:N"."""
+    if device.startswith("cuda"):
+        return int(device.partition(":")[2] or 0) < torch.cuda.device_count()
+    return device != "mps" or torch.backends.mps.is_available()
+
+
+def _must_be_here(device: str) -> str:
+    if not device_is_here(device):
+        raise ValueError
+    return device
+
+
+def _must_name_a_place(path: str | Path) -> str | Path:
+    if not str(path).strip() or "\0" in str(path):
+        raise ValueError
+    try:
+        Path(path).expanduser()
+    except RuntimeError:  # there is no such home
+        raise ValueError from None
+    return path
+
+
+TextOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
+Place = Annotated[TextOrPath, Field(description="a path"), AfterValidator(_must_name_a_place)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -23,7 +54,8 @@ class TrainingConfig:
     Raises
     ------
     ValueError
-        If anything is wrong: one error that names every bad constant, what it must be and what it is.
+        If anything is wrong: one error that names every bad constant, what it must be (the field's description) and
+        what it is.
     """
 
     dataset: Literal["MNIST", "FashionMNIST", "KMNIST", "Digits"] = Field(
@@ -36,7 +68,7 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
     mirror: bool = Field(strict=True, description="True or False")
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
-    device: str = Field(
+    device: Annotated[str, AfterValidator(_must_be_here)] = Field(
         pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",
         description='"cpu", "cuda", "cuda:N", "mps" or "auto", and on this machine',
     )
@@ -51,33 +83,18 @@ class TrainingConfig:
     wandb_project_name: str = Field(
         pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"
     )
-    wandb_api_key_path: str | Path = Field(description="a path")
-    data_dir: str | Path = Field(description="a path")
-    runs_dir: str | Path = Field(description="a path")
+    wandb_api_key_path: Place
+    data_dir: Place
+    runs_dir: Place
 
-    @pydantic.field_validator("*", mode="wrap")
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _check(cls, value: Any, handler: Callable[[Any], Any], info: pydantic.ValidationInfo) -> Any:
-        """Let pydantic check the field, add what types cannot say, and put any error into the user's words."""
-        name = str(info.field_name)
+    def _in_the_users_words(cls, values: Any, handler: pydantic.ModelWrapValidatorHandler[Any]) -> Any:
         try:
-            checked = handler(value)
-            bad = (name == "device" and not device_is_here(checked)) or (
-                name.endswith(("_path", "_dir")) and not _is_path(value)
-            )
-        except pydantic.ValidationError:
-            bad = True
-        if bad:
-            found = repr(value) if len(repr(value)) <= 80 else f"{value!r:.77}…"
-            parts = {"name": name.upper(), "wanted": cls.wanted()[name], "found": found}
-            raise PydanticCustomError("setting", "{name} must be {wanted}, got {found}", parts)
-        return checked
-
-    @classmethod
-    def wanted(cls) -> dict[str, str]:
-        """Return what each setting can be, in words."""
-        described: dict[str, Any] = {field.name: field.default for field in fields(cls)}
-        return {name: field.description for name, field in described.items()}
+            return handler(values)
+        except pydantic.ValidationError as error:
+            lines = dict.fromkeys(_line_of(each) for each in error.errors())  # of a union, each part has an error
+            raise PydanticCustomError("settings", "{lines}", {"lines": "\n".join(lines)}) from None
 
     @classmethod
     def from_constants(cls, constants: Mapping[str, Any]) -> "TrainingConfig":
@@ -90,45 +107,72 @@ class TrainingConfig:
         ConfigurationError
             A ValueError with a line for every constant that is bad or missing.
         """
+        values = {name: constants[name.upper()] for name in fields_of_config() if name.upper() in constants}
         try:
-            values = {name: constants[name.upper()] for name in cls.wanted() if name.upper() in constants}
             return cls(**(values | sweep_parameters()))
         except pydantic.ValidationError as error:
-            says = {"missing": "is missing", "unexpected_keyword_argument": "is no setting"}
-            lines = [
-                f"{str(e['loc'][0]).upper()} {says[e['type']]}" if e["type"] in says else e["msg"]
-                for e in error.errors()
-            ]
-            raise ConfigurationError("\n".join(lines)) from None
+            raise ConfigurationError(error.errors()[0]["msg"]) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON can hold them."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return {
+            name: _as_text(value) if isinstance(value, (str, Path)) else value for name, value in asdict(self).items()
+        }
 
 
-def _is_path(path: Any) -> bool:
-    return isinstance(path, (str, Path)) and bool(str(path).strip()) and "\0" not in str(path)
+def fields_of_config() -> dict[str, Any]:
+    """Return pydantic's description of each setting, by name."""
+    return TrainingConfig.__pydantic_fields__  # type: ignore[attr-defined]  # which mypy does not know of dataclasses
+
+
+def _line_of(error: Any) -> str:
+    """Return what the user is told of one of pydantic's errors."""
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{name.upper()} is missing"
+    if name not in fields_of_config():
+        return f"{name.upper()} is no setting"
+    found = repr(error["input"])
+    if len(found) > 80:
+        found = f"{found[:77]}…"
+    return f"{name.upper()} must be {fields_of_config()[name].description}, got {found}"
+
+
+def _as_text(value: str | Path) -> str:
+    """Return a text or a path as UTF-8 can hold it; a file's name may have bytes that are none."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def read_command_line(constants: Mapping[str, Any], description: str | None) -> dict[str, Any]:
     """Return the constants that the command line sets, as in ``python main_cnn.py --epochs 3 --lr-schedule=constant``.
 
+    Where there is no script, as in a notebook's cell, no command line is read.
+
     Parameters
     ----------
     constants : mapping
-        The script's constants: each is an option of the same name, and the default.
+        The script's ``globals()``: each constant is an option of the same name, its value the default, and the comment
+        beside it what ``--help`` says.
     description : str
         What ``--help`` says of the script.
     """
+    if "__file__" not in constants:
+        return {}
     parser = _Parser(description=description, allow_abbrev=False)
-    for name, wanted in TrainingConfig.wanted().items():
+    comments = _comments_beside_constants(Path(constants["__file__"]))
+    for name in fields_of_config():
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        text = f"{wanted} (default: {constants.get(name.upper())!r})".replace("%", "%%")
-        parser.add_argument(*flags, dest=name, metavar="VALUE", help=text, default=argparse.SUPPRESS)
+        text = f"{comments.get(name.upper(), '')} (default: {constants.get(name.upper())!r})".replace("%", "%%")
+        parser.add_argument(*flags, dest=name, metavar="VALUE", help=text.strip(), default=argparse.SUPPRESS)
     with user_errors():
         given = vars(parser.parse_args())
-    texts = {field.name for field in fields(TrainingConfig) if field.type in (str, str | Path)}
-    return {name.upper(): value if name in texts else _literal(value) for name, value in given.items()}
+    return {name.upper(): _value_of(name, text) for name, text in given.items()}
+
+
+def _comments_beside_constants(script: Path) -> dict[str, str]:
+    """Return the comment that stands beside each constant in a script."""
+    lines = re.findall(r"^([A-Z_]+) = .*?  # (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,9 +180,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (--help lists the options)")
 
 
-def _literal(text: str) -> Any:
-    """Return the number or the truth value that a text stands for, or the text."""
+def _value_of(name: str, text: str) -> Any:
+    """Return what an option's text stands for: a text where the setting is one, else the number or the truth value."""
+    if fields_of_config()[name].annotation in (str, TextOrPath):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text

@@ -1,20 +1,18 @@
 """Weights & Biases: where the API key comes from, and whether to log online or offline."""
 
 import codecs
-import contextlib
-import netrc
+import configparser
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
-import wandb
 
 from experiment.console import warn
 from experiment.errors import ConfigurationError, RunError
 
 SERVER_TIMEOUT_SECONDS = 5
+WANDBS_OWN_SERVER = "https://api.wandb.ai"
 
 
 def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str, str | None]:
@@ -66,8 +64,33 @@ def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str,
 
 
 def server_url() -> str:
-    """Return the server's address: W&B's own, unless WANDB_BASE_URL or W&B's settings file name another."""
-    return (os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).rstrip("/")
+    """Return the server's address: W&B's own, unless WANDB_BASE_URL or one of W&B's settings files names another.
+
+    The files are read here, since W&B itself would take a second, start a process and need a home for that.
+    """
+    url = os.environ.get("WANDB_BASE_URL") or _url_in_settings_files() or WANDBS_OWN_SERVER
+    return url.rstrip("/")
+
+
+def _url_in_settings_files() -> str | None:
+    """Return the `base_url` that ``wandb login --host`` or ``wandb init`` left, where they leave it."""
+    config_dir = os.environ.get("WANDB_CONFIG_DIR") or os.path.join("~", ".config", "wandb")
+    paths = [
+        os.path.join("wandb", "settings"),  # in the working directory, which wins
+        os.path.join(
+            os.path.expanduser(config_dir), "settings"
+        ),  # without a home the ~ stays, and there is no such file
+    ]
+    for path in paths:
+        settings = configparser.ConfigParser(interpolation=None)
+        try:
+            settings.read(path, encoding="utf-8")
+        except (configparser.Error, OSError, UnicodeDecodeError):  # W&B, too, passes over what it cannot read
+            continue
+        url = settings.get("default", "base_url", fallback=None)
+        if url:
+            return url
+    return None
 
 
 def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
@@ -81,24 +104,41 @@ def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
     ConfigurationError
         If there is a key file that cannot be read.
     """
-    if key := _bare(os.environ.get("WANDB_API_KEY", "")):
+    key: str | None = _bare(os.environ.get("WANDB_API_KEY", ""))
+    if key:
         return key, "the environment variable WANDB_API_KEY"
-    if key_path.exists():
-        try:
-            content = key_path.read_bytes()
-        except OSError as error:
-            raise ConfigurationError(f"WANDB_API_KEY_PATH: {key_path} cannot be read ({error.strerror})") from None
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = content.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
-        if keys := [_bare(line) for line in lines if _bare(line) and not line.strip().startswith("#")]:
-            return keys[0], str(key_path)
-    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        path = Path(name).expanduser()
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            entry = netrc.netrc(path).authenticators(urlsplit(base_url).hostname or "")
-            if entry and entry[2]:
-                return entry[2], str(path)
+    key = _key_in_file(key_path)
+    if key:
+        return key, str(key_path)
+    key = _key_in_netrc(base_url)
+    if key:
+        return key, os.environ.get("NETRC") or "~/.netrc"
     return None, ""
+
+
+def _key_in_file(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"WANDB_API_KEY_PATH: {path} cannot be read ({error.strerror})") from None
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig", errors="replace")
+    for line in text.splitlines():
+        key = _bare(line)
+        if key and not line.strip().startswith("#"):
+            return key
+    return None
+
+
+def _key_in_netrc(base_url: str) -> str | None:
+    """Return the password for the server in the file that ``wandb login`` writes; where it is damaged, None."""
+    try:
+        entry = requests.utils.get_netrc_auth(base_url)
+    except (KeyError, RuntimeError, ValueError):  # no home; not UTF-8, or an address that is none
+        return None
+    return entry[1] if entry else None
 
 
 def _bare(line: str) -> str:
@@ -119,4 +159,10 @@ def ask_server(base_url: str, key: str) -> str | None:
         return type(error).__name__
     if answer.status_code in (401, 403):
         return "refused"
-    return None if answer.status_code == 200 else f"HTTP status {answer.status_code}"
+    if answer.status_code != 200:
+        return f"HTTP status {answer.status_code}"
+    try:
+        viewer = answer.json()["data"]["viewer"]
+    except (ValueError, KeyError, TypeError):  # a proxy's login page, for one
+        return "it does not speak as W&B does"
+    return "refused" if viewer is None else None  # as W&B itself takes it

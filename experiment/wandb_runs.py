@@ -1,35 +1,39 @@
 """Weights & Biases: the K + 1 runs and what is logged to them."""
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import os
+import shlex
 import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
-
-from data_utils import PROJECT_DIR
-from experiment.console import path_from_here, say, warn
+from experiment.console import say, warn
 from experiment.results import ExperimentResult, FitResult
-from experiment.run_directory import RunDirectory
+from experiment.run_directory import RunDirectory, path_from_here
 from experiment.wandb_key import ask_server, server_url
 from experiment.wandb_sweep import Sweep
 
+if TYPE_CHECKING:  # it takes a second to import, so a function imports it that needs it
+    import wandb
+
 FINISH_TIMEOUT_SECONDS = 30
+CACHE = ".cache"
 SWEEP_METRIC = "cross_validation/accuracy_mean"
-FOLDER_VARIABLES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
 
 
 class WandbRuns:
-    """The W&B runs of one experiment, one a fit, all open at once in this process.
+    """The W&B runs of one experiment, one a fit, all open at once in this process, in a ``with`` statement.
 
-    Nothing that W&B does ends the experiment. Where its server fails, the runs are written anew, offline and whole;
-    where its folder does, in the experiment's own; where that fails too, the rest is not logged. A line says so. A
-    sweep's trial is not written anew.
+    W&B writes into the run's folder and nowhere else, and leaves the process as it was. Nothing that it does ends the
+    experiment: where logging online fails, the runs are written anew, offline and whole; where that fails too, the rest
+    is not logged. A line says so. A sweep's trial is not written anew.
 
     Parameters
     ----------
@@ -39,8 +43,9 @@ class WandbRuns:
         All settings, as they shall be logged.
     fit_names : list of str
         One run is opened for each.
-    experiment : RunDirectory
-        Names the group, and knows with which ids an earlier attempt opened the runs.
+    folder : RunDirectory
+        Where W&B writes, in a folder ``wandb``. Its name is the group's, and it knows with which ids an earlier attempt
+        opened the runs.
     sweep : Sweep, optional
         What the final run belongs to. It then gets the mean over the folds after each epoch, too.
     """
@@ -51,48 +56,68 @@ class WandbRuns:
         key: str | None,
         config: dict[str, Any],
         fit_names: list[str],
-        experiment: RunDirectory,
+        folder: RunDirectory,
         sweep: Sweep | None = None,
     ) -> None:
-        self.mode, self._key, self._config, self._experiment, self._sweep = mode, key, config, experiment, sweep
+        self.mode, self._key, self._config, self._folder, self._sweep = mode, key, config, folder, sweep
+        self._wandb_dir = folder.path / "wandb"
         self._history: dict[str, list[dict[str, Any]]] = {name: [] for name in fit_names}
         self._runs: dict[str, wandb.Run] = {}
-        self._logged: dict[str, int] = {}  # rows of the history
-        self._trained = self._finished = False
-        self._folder = Path(os.environ.get("WANDB_DIR") or PROJECT_DIR)
-        for variable in FOLDER_VARIABLES:  # else it writes in the user's home
-            os.environ.setdefault(variable, str(self._folder / "wandb" / ".wandb"))
-        if mode != "disabled" and not self._has_room():
-            self._move()  # W&B would take a temporary folder
-        os.environ.setdefault("WANDB_SILENT", "true")  # we say ourselves where the runs go
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait for a server that is gone
-        os.environ.setdefault("WANDB_HTTP_TIMEOUT", "10")
-        self._try(lambda: None)  # opens them
+        self._rows_logged: dict[str, int] = {}
+        self._all_epochs_done = False
+        self._closed = False
+        self._surroundings = contextlib.ExitStack()
 
     @property
     def ids(self) -> dict[str, str]:
         """The id of each fit's run."""
         return {name: run.id for name, run in self._runs.items()}
 
-    def __enter__(self) -> "WandbRuns":
-        """Say in one line where the runs are logged."""
+    def upload_command(self) -> str | None:
+        """Return the shell command that uploads all runs; None where they are not logged offline."""
+        if self.mode != "offline":
+            return None
+        program = "wandb"
+        if shutil.which(program) is None:  # not activated: the virtual environment's own
+            program = path_from_here(Path(sys.executable).with_name("wandb"))
+        folder = path_from_here(self._wandb_dir)
+        if os.name == "nt":  # whose shell knows no single quotes, and leaves the star to the program
+            return f'"{program}" sync "{folder}\\offline-run-*"'
+        return f"{shlex.quote(program)} sync {shlex.quote(folder)}/offline-run-*"
+
+    def __enter__(self) -> WandbRuns:
+        """Open the runs, and say in one line where they are logged."""
+        if self.mode == "disabled":
+            return self
+        self._surroundings.enter_context(_own_surroundings(self._wandb_dir))
+        try:
+            self._delete_files()  # of an earlier attempt: what it logged is logged again, but for what a server has
+            self._attempt(self._log_rows)
+        except BaseException:  # an interruption
+            self.__exit__(None)
+            raise
         if self.mode == "offline":
-            folder = path_from_here(self._folder / "wandb")
-            say(f"W&B: offline, in {folder}; the command that uploads the runs comes at the end.")
+            where = path_from_here(self._wandb_dir)
+            say(f"W&B: offline, in {where}; the command that uploads the runs comes at the end.")
         elif self.mode == "online":
             say(f"W&B: online, {self._runs['final'].project_url}")
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        """Close the runs of an experiment that was cut off; it goes on with the same ones if it is resumed."""
-        if not self._finished:
-            self._finish_all(1)
-            self._say_how_to_upload()
+    def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
+        """Close the runs of an experiment that was cut off, and say how to upload them."""
+        try:
+            if not self._closed:
+                self._finish_all(1)
+        finally:
+            self._surroundings.close()
+            self._delete_leftovers()
+        if exception_type is not None and (command := self.upload_command()):
+            say(f"\nW&B: upload the runs with\n  {command}")
 
     def log_epoch(self, fit_name: str, metrics: dict[str, Any]) -> None:
         """Log one epoch of a fit; ``metrics["epoch"]`` becomes the step."""
         self._history[fit_name].append(metrics)
-        self._try(self._log_rows)
+        self._attempt(self._log_rows)
 
     def log_results(self, result: ExperimentResult) -> None:
         """Log what the fits came to, and close all runs.
@@ -100,105 +125,75 @@ class WandbRuns:
         Each run gets loss, accuracy and averages, precision, recall and F1 of every class, these also as a table, and a
         confusion matrix; the final one also the cross-validation's summary, the figures, the mistakes and the model.
         """
+        self._all_epochs_done = True
+        self._attempt(functools.partial(self._log_results_and_close, result))
 
-        self._trained = True
-        failed = [*result.failures, "final"] if self._sweep and result.failures else result.failures
-
-        def log_and_close() -> None:
-            if self.mode == "online" and (problem := ask_server(server_url(), self._key or "")):
-                raise ConnectionError(problem)
-            self._log_rows()
-            for fit_result in [*result.folds, *([result.final] if result.final else [])]:
-                _log_fit(self._runs[fit_result.name], fit_result)
-            if not (self._sweep and result.failures):  # a mean over the other folds would be too good for the search
-                means = {f"cross_validation/{name}": value for name, value in result.cross_validation.items()}
-                self._runs["final"].summary.update(means)
-            if result.final:
-                _log_pictures_and_model(self._runs["final"], result, result.final)
-            if error := self._finish_all(0, failed):
-                raise error
-            self._check_files()
-            self._finished = True
-
-        self._try(log_and_close)
-        self._say_how_to_upload()
-
-    def _try(self, step: Callable[[], None]) -> None:
-        """Do something with W&B. As long as that fails, go one mode down, with all that was logged so far."""
+    def _attempt(self, log: Callable[[], None]) -> None:
+        """Log something. As long as that fails, go one mode down and log it there, after all that was logged before."""
         while self.mode != "disabled":
             try:
                 if not self._runs:
                     self._open_all()
-                return step()
+                log()
+                return
             except Exception as error:  # of whatever type: for one, what the system's file operations raise
-                self._go_down(str(error) if isinstance(error, ConnectionError) else type(error).__name__)
+                self._go_down(error)
 
-    def _go_down(self, reason: str) -> None:
-        """Say what is lost, give the runs up, and let the next ones be opened in the next mode or folder."""
-        folder = path_from_here(self._folder / "wandb")
-        server_fails = self.mode == "online" and self._has_room()
-        if self.mode == "online" and self._sweep:
+    def _go_down(self, error: Exception) -> None:
+        """Say what is lost, give the runs up, and delete what they left, so that the next ones can be opened."""
+        reason = type(error).__name__  # what W&B says besides may be long
+        if isinstance(error, _ServerFailsError):
+            reason = str(error)
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        if self.mode == "offline":
             self.mode = "disabled"
-            lost = f"{server_url() if server_fails else folder} fails ({reason}), so the sweep does not get this trial."
-        elif server_fails:
-            self.mode = "offline"
-            lost = f"{server_url()} fails ({reason}), so this run is logged offline."
-        elif self._folder != self._experiment.path:
-            self.mode = "offline"
-            self._move()
-            where = path_from_here(self._folder / "wandb")
-            lost = f"{folder} cannot be written ({reason}), so this run is logged offline, in {where}."
+            where = path_from_here(self._wandb_dir)
+            warn(f"W&B: logging in {where} fails ({reason}), so this run is not logged any more.")
+        elif self._sweep:
+            self.mode = "disabled"
+            warn(f"W&B: logging to {server_url()} fails ({reason}), so the sweep does not get this trial.")
         else:
-            self.mode = "disabled"
-            lost = f"{folder} cannot be written ({reason}), so this run is not logged any more."
-        warn(f"W&B: {lost}")
+            self.mode = "offline"
+            warn(f"W&B: logging to {server_url()} fails ({reason}), so this run is logged offline.")
         self._finish_all(1)  # which takes a while where the server hangs
         self._runs = {}
-        if self.mode == "offline":
-            wandb.teardown()  # else W&B holds the ids of these runs for taken
+        if not self._sweep:  # whose agent needs W&B's service
+            _end_service()  # else W&B holds the ids of these runs for taken
+        self._delete_files()  # the runs offline hold all of it; and results.json may need the room
 
-    def _move(self) -> None:
-        """Let W&B write into the experiment's own folder."""
-        self._folder = self._experiment.path
-        for variable in FOLDER_VARIABLES:
-            os.environ[variable] = str(self._folder / "wandb" / ".wandb")
+    def _delete_files(self) -> None:
+        shutil.rmtree(self._wandb_dir, ignore_errors=True)
 
-    def _has_room(self) -> bool:
-        """Return whether W&B can write its files: permissions do not tell of a disk that is full."""
-        try:
-            for folder in (self._folder, Path(os.environ["WANDB_DATA_DIR"])):
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as file:
-                    file.write(bytes(2**20))
-        except OSError:
-            return False
-        return True
-
-    def _check_files(self) -> None:
-        """Raise if an offline run is not whole on the disk: W&B says nothing of what it cannot write while it logs."""
-        folders = [Path(run.dir).parent for run in self._runs.values()]
-        if self.mode == "offline" and not (all(list(each.glob("*.wandb")) for each in folders) and self._has_room()):
-            raise OSError
+    def _delete_leftovers(self) -> None:
+        """Delete what no upload needs any more: the service's own files and, online, copies that have been sent."""
+        shutil.rmtree(self._wandb_dir / CACHE, ignore_errors=True)
+        if self.mode != "offline":
+            shutil.rmtree(self._wandb_dir / "artifacts", ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self._wandb_dir.rmdir()
 
     def _open_all(self) -> None:
         for name in self._history:
-            self._runs[name] = run = self._open(name)
-            self._logged[name] = max(0, run.step - 1)  # a resumed run's server has the epochs before run.step already
-        self._log_rows()
+            run = self._open(name)
+            self._runs[name] = run
+            self._rows_logged[name] = max(0, run.step - 1)  # a resumed run's server has the epochs before run.step
 
     def _open(self, fit_name: str) -> wandb.Run:
+        import wandb
+
         online, sweep = self.mode == "online", self._sweep if fit_name == "final" else None
         run = wandb.init(
             project=None if self._sweep else self._config["wandb_project_name"],  # None: the agent's
-            id=sweep.run_id if sweep else f"{self._experiment.wandb_id}-{fit_name}",
+            id=sweep.run_id if sweep else f"{self._folder.wandb_id}-{fit_name}",
             name=fit_name,
-            group=self._experiment.path.name,
+            group=self._folder.path.name,
             job_type="final" if fit_name == "final" else "fold",
             config=self._config,
             mode="online" if online else "offline",
-            dir=str(self._folder),
+            dir=str(self._folder.path),
             reinit="create_new",
-            resume="allow" if online and self._experiment.resumed else None,
+            resume="allow" if online and self._folder.resumed else None,
             settings=wandb.Settings(
                 api_key=self._key if online else None,
                 base_url=server_url(),
@@ -208,6 +203,7 @@ class WandbRuns:
                 finish_timeout_raises=True,
                 console="off",
                 silent=True,
+                symlink=False,
                 disable_git=True,  # W&B would upload the uncommitted diff, and with it a key in wandb_api_key.txt
                 save_code=False,
                 x_disable_stats=fit_name != "final",  # one look at the machine is enough for K + 1 runs
@@ -219,65 +215,160 @@ class WandbRuns:
     def _log_rows(self) -> None:
         """Log all that the runs do not have yet."""
         for name, run in self._runs.items():
-            rows = self._rows_in_a_sweep() if self._sweep and name == "final" else self._history[name]
-            for metrics in rows[self._logged[name] :]:
+            rows = self._history[name]
+            if self._sweep and name == "final":
+                rows = self._rows_in_a_sweep()
+            for metrics in rows[self._rows_logged[name] :]:
                 run.log(metrics, step=metrics["epoch"])
-            self._logged[name] = max(self._logged[name], len(rows))
+            self._rows_logged[name] = max(self._rows_logged[name], len(rows))
 
     def _rows_in_a_sweep(self) -> list[dict[str, Any]]:
         """Return the final fit's rows of the epochs that all have finished, with the mean over the folds."""
-        final, *folds = self._history["final"], *(rows for name, rows in self._history.items() if name != "final")
-        rows = [
-            row | {SWEEP_METRIC: statistics.fmean(fold["validation/accuracy"] for fold in of_folds)}
-            for row, *of_folds in zip(final, *folds, strict=False)
-        ]
-        return rows + (final[len(rows) :] if self._trained else [])  # where a fold diverged, some were held back
+        final = self._history["final"]
+        folds = [rows for name, rows in self._history.items() if name != "final"]
+        rows = []
+        for row, *of_folds in zip(final, *folds, strict=False):
+            mean = statistics.fmean(fold["validation/accuracy"] for fold in of_folds)
+            rows.append(row | {SWEEP_METRIC: mean})
+        if self._all_epochs_done:  # where a fold diverged, some were held back
+            rows += final[len(rows) :]
+        return rows
 
-    def _finish_all(self, exit_code: int, failures: Iterable[str] = ()) -> BaseException | None:
-        """Close all runs at once, those of the failures as failed; return what went wrong, if anything did."""
-        codes = {name: 1 if name in failures else exit_code for name in self._runs}
+    def _log_results_and_close(self, result: ExperimentResult) -> None:
+        if self.mode == "online":
+            problem = ask_server(server_url(), self._key or "")
+            if problem:
+                raise _ServerFailsError(problem)
+        self._log_rows()
+        for fold in result.folds:
+            _log_fit(self._runs[fold.name], fold)
+        if result.final:
+            _log_fit(self._runs["final"], result.final)
+            _log_pictures_and_model(self._runs["final"], result, result.final)
+        failed = set(result.failures)
+        if self._sweep and failed:
+            failed.add("final")  # without a mean: that over the other folds would be too good for the search
+        else:
+            means = {f"cross_validation/{name}": value for name, value in result.cross_validation.items()}
+            self._runs["final"].summary.update(means)
+        error = self._finish_all(0, failed)
+        if error:
+            raise error
+        self._closed = True
+
+    def _finish_all(self, exit_code: int, failed: Iterable[str] = ()) -> Exception | None:
+        """Close all runs at once, those that failed with status 1; return the first exception, if there is one."""
+        failed = set(failed)
+
+        def finish(name: str) -> Exception | None:
+            try:
+                self._runs[name].finish(exit_code=1 if name in failed else exit_code)
+            except Exception as error:
+                return error
+            return None
+
         with ThreadPoolExecutor(max(1, len(self._runs))) as pool:
-            futures = [pool.submit(run.finish, exit_code=codes[name]) for name, run in self._runs.items()]
-        return next(filter(None, (future.exception() for future in futures)), None)
+            errors = list(pool.map(finish, self._runs))
+        return next((error for error in errors if error), None)
 
-    def _say_how_to_upload(self) -> None:
-        if self.mode == "offline":
-            program = "wandb"
-            if shutil.which(program) is None:  # not activated: the virtual environment's own
-                program = path_from_here(Path(sys.executable).with_name("wandb"))
-            folders = [path_from_here(Path(run.dir).parent) for run in self._runs.values()]
-            command = " ".join([program, "sync", *(f'"{path}"' if " " in path else path for path in folders)])
-            say(f"\nW&B: upload the runs with\n  {command}")
+
+class _ServerFailsError(Exception):
+    """The server does not answer as it should; the message says in which way."""
+
+
+@contextlib.contextmanager
+def _own_surroundings(wandb_dir: Path) -> Iterator[None]:
+    """Let W&B write into that folder, where there is no argument to say so; then leave the process as it was.
+
+    The next experiment in this process has a folder of its own, and may have other settings.
+    """
+    variables = {
+        "WANDB_DATA_DIR": str(wandb_dir),  # for what artifacts are made of, until they are uploaded
+        "WANDB_CACHE_DIR": str(wandb_dir / CACHE),
+        "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),  # we say ourselves where the runs go
+        "WANDB_ERROR_REPORTING": os.environ.get(
+            "WANDB_ERROR_REPORTING", "false"
+        ),  # would wait for a server that is gone
+        "WANDB_HTTP_TIMEOUT": os.environ.get("WANDB_HTTP_TIMEOUT", "10"),
+    }
+    if not _has_home():  # W&B asks where its folders in there would be, even if it is told others
+        for name in ("WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+            variables[name] = os.environ.get(name, str(wandb_dir / CACHE))
+    before = {name: os.environ.get(name) for name in variables}
+    hooks = (sys.exit, sys.excepthook)  # which each of W&B's service processes replaces
+    in_use = _wandb_in_use()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        try:
+            if _wandb_in_use() is not in_use:  # else it serves an agent, a notebook, or a run of the user's own
+                _end_service()
+        finally:
+            sys.exit, sys.excepthook = hooks
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _has_home() -> bool:
+    try:
+        Path.home()
+    except RuntimeError:  # no HOME, and no entry in /etc/passwd
+        return False
+    return True
+
+
+def _wandb_in_use() -> object:
+    """Return W&B's settings of this process, which it makes when it is first used, and again after its end."""
+    if "wandb" not in sys.modules:
+        return None
+    from wandb.sdk import wandb_setup
+
+    return wandb_setup.singleton().settings_if_loaded
+
+
+def _end_service() -> None:
+    """End W&B's service process, and with it all that W&B knows of earlier runs."""
+    if "wandb" not in sys.modules:
+        return
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):  # it exits where the service ended badly
+        wandb.teardown()
 
 
 def _log_fit(run: wandb.Run, result: FitResult) -> None:
+    import wandb
+
     report = {name: row for name, row in result.report.items() if isinstance(row, dict)}
     figures = ("precision", "recall", "f1-score")
     scalars = {f"{name}/{figure}": row[figure] for name, row in report.items() for figure in figures}
     run.summary.update(scalars | {"loss": result.loss, "accuracy": result.accuracy})
+
     per_class = wandb.Table(columns=["class", *figures, "support"])
     for name in result.classes:
         per_class.add_data(name, *(report[name][figure] for figure in (*figures, "support")))
-    confusion = [
-        [true, predicted, images]
-        for true, row in zip(result.classes, result.confusion, strict=True)
-        for predicted, images in zip(result.classes, row, strict=True)
-    ]
-    tables = {
-        "per_class": per_class,
-        "confusion_matrix": wandb.Table(["true class", "predicted class", "images"], confusion),
-    }
-    run.log(tables, step=len(result.history))
+    confusion = wandb.Table(columns=["true class", "predicted class", "images"])
+    for true, row in zip(result.classes, result.confusion, strict=True):
+        for predicted, images in zip(result.classes, row, strict=True):
+            confusion.add_data(true, predicted, images)
+    run.log({"per_class": per_class, "confusion_matrix": confusion}, step=len(result.history))
 
 
 def _log_pictures_and_model(run: wandb.Run, result: ExperimentResult, final: FitResult) -> None:
-    mistakes = wandb.Table(["image", "true class", "predicted class", "probability"])
+    import wandb
+
+    mistakes = wandb.Table(columns=["image", "true class", "predicted class", "probability"])
     for mistake in result.mistakes:
         picture = wandb.Image(255 - mistake.image.numpy())
         mistakes.add_data(picture, mistake.true, mistake.predicted, mistake.probability)
     figures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(result.run_dir.glob("*.png"))}
     run.log({"mistakes": mistakes} | figures)
+
     metadata = {f"test/{name}": getattr(final, name) for name in ("loss", "accuracy", "report")}
     model = wandb.Artifact(f"{result.run_dir.name}-model", type="model", metadata=metadata)
-    model.add_file(str(result.run_dir / "model.pt"))
+    model.add_file(str(result.run_dir / "model.pt"), policy="immutable", skip_cache=True)  # uploaded from where it lies
     run.log_artifact(model)

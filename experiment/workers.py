@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import cloudpickle
 
+from data_utils import PROJECT_DIR
+
 # The parent's sys.path comes first of all: a folder named "experiment" in the working directory is none of ours.
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; import experiment.workers; experiment.workers.serve()"
 
@@ -46,7 +48,8 @@ class WorkerProcesses(Executor):
     """
 
     def __init__(self, count: int) -> None:
-        self._lock, self._closed = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._closed = False
         self._processes = [_start() for _ in range(count)]
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in range(count):
@@ -98,7 +101,9 @@ def _start() -> subprocess.Popen[bytes]:
     apart: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    command = [sys.executable, "-c", PROGRAM, *sys.path]
+    # Absolute, and ours first: os.chdir() may have been called since Python put '' into sys.path.
+    search_path = [str(PROJECT_DIR), *(os.path.abspath(path) for path in sys.path)]
+    command = [sys.executable, "-c", PROGRAM, *search_path]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **apart)
 
 

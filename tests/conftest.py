@@ -26,8 +26,8 @@ import main_cnn
 import main_tutorial
 import train_utils
 from data_utils import load_dataset
+from experiment.plan import make_fits, make_plan
 from experiment.results import ExperimentResult, FitResult
-from experiment.run import make_fits
 from experiment.settings import TrainingConfig
 from models import NeuralNetwork
 from train_utils import Fit
@@ -82,13 +82,10 @@ def nearly_full_disk(folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def no_wandb_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep the developer's own W&B key and settings out of the tests, and W&B's files in the test's folder."""
+    """Keep the developer's own W&B key and settings out of the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     (tmp_path / "home").mkdir()
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no test reaches the network
@@ -158,9 +155,10 @@ def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 def make_fit(model_class: type[nn.Module] = NeuralNetwork, name: str = "fold-1", **constants: Any) -> Fit:
     """Return a fit on Digits with the tutorial's settings, but for those that are given."""
-    config = TrainingConfig.from_constants(vars(main_tutorial) | SMALL | constants)
-    fits = {fit.name: fit for fit in make_fits(model_class, config, load_dataset("Digits", DATA_DIR))}
-    return replace(fits[name], threads=1, precision=constants.get("PRECISION", "float32"))
+    settings = vars(main_tutorial) | SMALL | {"DATA_DIR": DATA_DIR, "PRECISION": "float32"} | constants
+    config = TrainingConfig.from_constants(settings)
+    fits = make_fits(make_plan(config, None), model_class, config, load_dataset("Digits", DATA_DIR))
+    return replace(next(fit for fit in fits if fit.name == name), threads=1)
 
 
 def computed(run_dir: Path) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import Start
+from conftest import Start, all_fits
 
-from experiment.console import format_seconds, summary_text
+from experiment.console import display_name, final_text, folds_text, format_seconds, time_text
 from experiment.results import ExperimentResult
 
 
@@ -30,4 +30,13 @@ def test_the_time_of_a_run_that_was_cut_off_is_called_a_part_of_it(
     resumed: bool, line: str, cnn_result: ExperimentResult
 ) -> None:
     environment = cnn_result.environment | {"seconds": 65, "resumed": resumed}
-    assert summary_text(replace(cnn_result, environment=environment)).splitlines()[-1] == line
+    assert time_text(replace(cnn_result, environment=environment)) == line
+
+
+def test_a_class_named_by_a_digit_is_not_taken_for_a_figure() -> None:
+    assert [display_name(name) for name in ("8", "8 - eight", "Coat")] == ["class 8", "8 - eight", "Coat"]
+
+
+def test_nothing_of_the_tables_is_wider_than_80_columns(cnn_result: ExperimentResult) -> None:
+    for text in (folds_text(cnn_result), final_text(all_fits(cnn_result)[-1])):
+        assert max(len(line) for line in text.splitlines()) <= 80

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,16 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR
+from conftest import DATA_DIR, Configure, all_fits, finish, slow, start_python
 from torchvision import datasets
 
 import data_utils
-from data_utils import Batches, Dataset, DatasetError, load_dataset, pixel_statistics, split
+import main_tutorial
+from data_utils import (
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    Batches,
+    Dataset,
+    DatasetError,
+    load_dataset,
+    path_of,
+    pixel_statistics,
+    split,
+)
 
 CPU = torch.device("cpu")
-
-
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data_utils.FILE_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -243,22 +254,96 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr(data_utils, "DOWNLOAD_STALL_SECONDS", 1)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    given_up, sent = threading.Event(), []
 
-        def send_half() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 200000\r\n\r\n" + bytes(100000))
-                given_up.wait(30)
+    class SendsHalf(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "200000")
+            self.end_headers()
+            self.wfile.write(bytes(100000))
+            sent.append(self.path)
+            given_up.wait(30)
 
-        given_up = threading.Event()
-        threading.Thread(target=send_half, daemon=True).start()
-        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SendsHalf) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         with pytest.raises(DatasetError, match="nothing arrived for 1 seconds"):
             load_dataset("FashionMNIST", tmp_path / "data")
         given_up.set()
+        server.shutdown()
+    assert set(sent) == {f"/{TRAIN_IMAGES}.gz"}
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_after_a_download_sockets_wait_as_long_as_before(tmp_path: Path, no_network: None) -> None:
+    socket.setdefaulttimeout(7)
+    try:
+        with pytest.raises(DatasetError):
+            load_dataset("FashionMNIST", tmp_path / "data")
+        assert socket.getdefaulttimeout() == 7
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot be read .File name too long"):
+        load_dataset("FashionMNIST", tmp_path / ("x" * 300))
+
+
+def test_a_home_that_is_not_there_is_needed_only_for_a_path_that_names_it() -> None:
+    assert path_of("data") == data_utils.PROJECT_DIR / "data"
+    with pytest.raises(OSError, match="^~no-such-user/data: there is no home directory"):
+        path_of("~no-such-user/data")
+
+
+@pytest.mark.slow
+def test_four_processes_that_start_at_once_without_data_all_load_it(tmp_path: Path, digits: Dataset) -> None:
+    code = f"import data_utils; print(data_utils.load_dataset('Digits', {str(tmp_path / 'data')!r}).digest())"
+    processes = [start_python(tmp_path, "-c", code) for _ in range(4)]
+    assert [finish(process)[0] for process in processes] == [digits.digest() + "\n"] * 4
+    assert sorted(path.name for path in (tmp_path / "data" / "Digits" / "raw").iterdir()) == sorted(
+        data_utils.FILE_KINDS
+    )
+
+
+@pytest.mark.slow
+def test_a_data_set_is_made_where_there_is_no_folder_for_temporary_files(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert load_dataset("Digits", tmp_path / "data").digest() == digits.digest()
+    assert (tmp_path / "data" / "Digits" / "raw" / TEST_LABELS).exists()
+
+
+SMALL_SETS = {  # classes of the training images, of the test images
+    "two classes": (np.arange(40) % 2, np.arange(10) % 2),
+    "ten images": (np.arange(10) % 5, np.arange(10) % 5),
+    "one class tested": (np.arange(40) % 4, np.full(10, 2)),
+    "a class that only the test has": (np.arange(40) % 4, np.full(10, 7)),
+    "one test image": (np.arange(40) % 4, np.array([1])),
+    "one class in all": (np.full(40, 3), np.full(10, 3)),
+    "black": (np.arange(40) % 4, np.arange(10) % 4),
+}
+
+
+@pytest.mark.parametrize("kind", ["two classes", *slow(*list(SMALL_SETS)[1:])])
+def test_a_run_on_an_odd_little_data_set_gives_finite_results(kind: str, tmp_path: Path, configure: Configure) -> None:
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for labels, images_file, labels_file in zip(
+        SMALL_SETS[kind], (TRAIN_IMAGES, TEST_IMAGES), (TRAIN_LABELS, TEST_LABELS), strict=True
+    ):
+        images = np.random.default_rng(0).integers(0, 256, (len(labels), 28, 28))
+        (raw / images_file).write_bytes(idx(images * (kind != "black")))
+        (raw / labels_file).write_bytes(idx(labels))
+    result = configure(main_tutorial, DATASET="MNIST", DATA_DIR=tmp_path / "data", EPOCHS=1).main()
+    assert len(result.folds) == 2
+    for fit in all_fits(result):
+        assert np.isfinite(fit.loss) and 0 <= fit.accuracy <= 1
 
 
 @pytest.fixture
@@ -394,7 +479,7 @@ def test_images_of_one_grey_are_divided_by_one(grey: int) -> None:
 
 def test_what_is_held_out_is_evaluated_on_and_the_rest_is_trained_on(digits: Dataset) -> None:
     held = np.random.default_rng(0).random(len(digits.train_labels)) < 0.3
-    (images, labels), (other_images, other_labels) = split(digits, np.packbits(held).tobytes())
+    (images, labels), (other_images, other_labels) = split(digits, held.tobytes())
     assert torch.equal(images, digits.train_images[~held]) and torch.equal(labels, digits.train_labels[~held])
     assert torch.equal(other_images, digits.train_images[held])
     assert torch.equal(other_labels, digits.train_labels[held])

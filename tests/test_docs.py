@@ -25,7 +25,7 @@ MADE_BY_A_RUN = {
     *("report.md", "results.json", "config.json", "model.pt", "compare.png"),
     *("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png"),
 }
-OTHER_VARIABLES = {"WANDB_API_KEY"}
+OTHER_VARIABLES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"}
 OTHER_OPTIONS = {"--report"}  # pip's
 OWNERS = {"--against": "tests/benchmarks/worker_overhead.py"}  # of options that are named alone; else main_cnn.py
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

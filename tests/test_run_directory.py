@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, SETTINGS, Configure, Start, computed, finish, run_dirs, saved_epochs, slow
+from conftest import SETTINGS, Configure, Start, computed, finish, run_dirs, saved_epochs, slow
 
 import main_tutorial
+from experiment.errors import RunError
 from experiment.run_directory import RunDirectory
 
 
@@ -116,62 +117,76 @@ def test_two_runs_started_at_once_do_not_share_a_directory(
     assert [computed(path) for path in run_dirs(tmp_path)] == [undisturbed] * 2
 
 
-TYPED = """
-from torch import nn
-
-def helper(scale=1):
-    return scale
-
-class Typed(nn.Module):
-    width = 20
-    kinds = {"one", "two", "three"}
-
-    def __init__(self, depth=3):
-        super().__init__()
-        self.layer = nn.Linear(784, 10)
-
-    @staticmethod
-    def known(word):
-        return word in {"four", "five", "six"}
-
-    @property
-    def doubled(self):
-        return [2 * number for number in range(self.width)]
-
-    helper = helper
-    function = print
-
-    def forward(self, images):
-        return self.layer(images.flatten(1))
-"""
-CHANGES = [
-    ("width = 20", "width = 21"),
-    ('"three"', '"thirty"'),
-    ("depth=3", "depth=4"),
-    ('"six"', '"seven"'),
-    ("2 * number", "3 * number"),
-    ("scale=1", "scale=2"),
-    ("flatten(1)", "flatten(-3)"),
-]
+def unlike(network: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"network": network | changes, "epochs": 2}
 
 
-def sources(typed: list[str], seed: int) -> list[str]:
-    """Return what stands for the source of classes typed into a shell, in a process with that seed for its hashes."""
-    code = "\n".join(
-        [
-            "import json, sys; from experiment.run_directory import _source_of; found = []",
-            "for typed in json.load(sys.stdin): exec(typed); found.append(_source_of(Typed()))",
-            "print(json.dumps(found))",
-        ]
-    )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": str(seed)}
-    command = [sys.executable, "-c", code]
-    return json.loads(subprocess.check_output(command, input=json.dumps(typed), text=True, env=environment))
+NETWORK = {"name": "Dyn[3]", "printed": "Dyn()", "weights": 3, "answers": [1.0, -2.0]}
 
 
-def test_what_stands_for_a_source_is_the_same_in_two_processes_and_changes_with_the_code() -> None:
-    typed = [TYPED, *(TYPED.replace(before, after) for before, after in CHANGES)]
-    first, second = sources(typed, 1), sources(typed, 2)
-    assert first == second
-    assert len(set(first)) == 1 + len(CHANGES)
-    assert "0x" not in "".join(first)
+def directory(runs_dir: Path, identity: dict[str, Any], name: str = "Dyn[3]-Digits") -> RunDirectory:
+    return RunDirectory(runs_dir, name, {}, identity, resume=True)
+
+
+def test_a_class_whose_name_has_brackets_is_found_again(tmp_path: Path) -> None:
+    first = directory(tmp_path, unlike(NETWORK))
+    first.save_checkpoint("final", {"history": []})
+    first.__exit__(KeyboardInterrupt, None, None)
+    assert directory(tmp_path, unlike(NETWORK)).path == first.path
+
+
+@pytest.mark.parametrize("name", ["<lambda>-Digits", "a/b:c-Digits"])
+def test_a_name_that_no_folder_can_have_is_replaced(name: str, tmp_path: Path) -> None:
+    assert re.fullmatch(r"[\w.-]+", directory(tmp_path, unlike(NETWORK), name).path.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [
+        ({"answers": [1.0001, -2.0]}, True),
+        ({"answers": [1.01, -2.0]}, False),
+        ({"printed": "Dyn(more)"}, False),
+        ({"weights": 4}, False),
+    ],
+)
+def test_a_run_goes_on_with_a_network_that_answers_alike(change: dict[str, Any], goes_on: bool, tmp_path: Path) -> None:
+    directory(tmp_path, unlike(NETWORK)).__exit__(None, None, None)
+    assert directory(tmp_path, unlike(NETWORK, **change)).resumed == goes_on
+
+
+def test_what_lies_among_the_runs_and_is_none_is_passed_over(tmp_path: Path) -> None:
+    for number, content in enumerate(("", "[]", "{", '{"identity": 3}', '{"identity": {"network": {}}}')):
+        (tmp_path / f"Dyn[3]-Digits-{number}").mkdir()
+        (tmp_path / f"Dyn[3]-Digits-{number}" / "config.json").write_text(content)
+    assert not directory(tmp_path, unlike(NETWORK)).resumed
+
+
+def test_a_folder_that_is_deleted_while_the_run_is_on_is_made_again_with_all_that_is_in_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = directory(tmp_path / "runs", unlike(NETWORK))
+    folder.save_checkpoint("fold-1", {"history": [1]})
+    shutil.rmtree(tmp_path / "runs")
+    folder.save_checkpoint("final", {"history": [1, 2]})
+    folder.__exit__(KeyboardInterrupt, None, None)
+    errors = capsys.readouterr().err
+    assert "is gone: it is made again" in errors and "Every finished epoch is in" in errors
+    again = directory(tmp_path / "runs", unlike(NETWORK))
+    assert again.path == folder.path
+    assert [len(again.load_checkpoint(name)["history"]) for name in ("fold-1", "final")] == [1, 2]  # type: ignore[index]
+
+
+def test_where_not_one_epoch_was_done_nothing_else_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory(tmp_path, unlike(NETWORK)).__exit__(KeyboardInterrupt, None, None)
+    assert capsys.readouterr().err == "Not one epoch is saved: the same command starts anew.\n"
+
+
+def test_a_folder_that_cannot_be_made_ends_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(RunError, match="cannot be written"):
+        directory(tmp_path / "file", unlike(NETWORK))
+
+
+def test_a_folder_whose_name_is_no_text_will_do(configure: Configure, tmp_path: Path) -> None:
+    result = configure(main_tutorial, EPOCHS=1, RUNS_DIR=f"{tmp_path}/br\udcfcder").main()
+    assert (result.run_dir / "results.json").exists() and b"br\xfcder" in os.fsencode(result.run_dir)

@@ -184,4 +184,4 @@ def test_every_constant_is_an_option_with_underscores_or_hyphens(monkeypatch: py
     for name in ORDER:
         for option in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
             monkeypatch.setattr("sys.argv", ["main_cnn.py", option, "x"])
-            assert read_command_line({}, None) == {name: "x"}
+            assert read_command_line(vars(main_cnn), None) == {name: "x"}

@@ -98,7 +98,7 @@ def test_with_mirror_images_the_probabilities_of_both_are_averaged(precision: to
 def test_with_mirror_a_fit_is_evaluated_on_mirror_images_too(name: str) -> None:
     fit = make_fit(name=name, MIRROR=True, EPOCHS=1)
     state, metrics = run_epoch(fit, 1, None)
-    train_on, held_out = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out)
+    train_on, held_out = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out_mask)
     model = NeuralNetwork()
     model.load_state_dict(state["model"])
     batches = Batches(*held_out, 256, *pixel_statistics(train_on[0]), CPU)

@@ -1,13 +1,16 @@
-"""W&B's folder full, read-only or deleted, for real: it costs no result, and what can be logged offline is."""
+"""What W&B does, and what is done to it, costs no result: errors of any type, a full disk, a deleted folder."""
 
+import contextlib
+import errno
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import FIGURES, KEY, Configure
+import wandb
+from conftest import FIGURES, KEY, Configure, nearly_full_disk, run_dirs, slow
 from test_wandb_runs import assert_arrived, sync
 from wandb_server import WandbServer
 
@@ -15,117 +18,142 @@ import main_tutorial
 from experiment.results import ExperimentResult
 from experiment.wandb_runs import WandbRuns
 
-
-def mount(*arguments: str | Path) -> None:
-    if shutil.which("mount") is None or subprocess.run(["mount", *arguments]).returncode != 0:
-        pytest.skip("only who may mount can make such a folder, so nothing was tested")
-
-
-def make_full(folder: Path) -> None:
-    """Fill the folder's disk to the last byte."""
-    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY)
-    try:
-        while os.write(filler, bytes(4096)):
-            pass
-    except OSError:
-        os.close(filler)
-
-
-def make_read_only(folder: Path) -> None:
-    mount("--bind", folder, folder)
-    mount("-o", "remount,bind,ro", folder)
+ERRORS = {
+    "disk full": OSError(errno.ENOSPC, "No space left on device"),
+    "no permission": PermissionError(errno.EACCES, "Permission denied"),
+    "bare OSError": OSError("Unable to write staging files"),
+    "W&B's own": wandb.errors.CommError("the server said no"),
+    "anything": ZeroDivisionError(),
+}
+MOMENTS = {
+    "opening": (wandb, "init"),
+    "logging": (wandb.Run, "log"),
+    "logging the model": (wandb.Run, "log_artifact"),
+    "closing": (wandb.Run, "finish"),
+}
 
 
-def delete(folder: Path) -> None:
-    """Delete what is in the folder, W&B's own included."""
-    for path in folder.iterdir():
-        shutil.rmtree(path)
+def break_wandb(monkeypatch: pytest.MonkeyPatch, moment: str, error: Exception, modes: list[str]) -> None:
+    """Let a function of W&B's raise the error for runs that are logged in one of these modes."""
+    owner, name = MOMENTS[moment]
+    function = getattr(owner, name)
+
+    def raise_or_call(*arguments: Any, **keywords: Any) -> Any:
+        is_online = keywords["mode"] == "online" if moment == "opening" else not arguments[0].offline
+        if ("online" if is_online else "offline") in modes:
+            raise error
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, raise_or_call)
 
 
-FAULTS = {"full": make_full, "read-only": make_read_only, "deleted": delete}
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    [
+        ("opening", "bare OSError"),
+        ("closing", "disk full"),
+        *slow(("opening", "anything"), ("logging", "no permission"), ("logging", "W&B's own")),
+        *slow(("logging the model", "bare OSError"), ("closing", "anything")),
+    ],
+)
+def test_what_w_and_b_raises_offline_costs_a_line(
+    moment: str, kind: str, configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    break_wandb(monkeypatch, moment, ERRORS[kind], ["offline"])
+    environment = dict(os.environ)
+    result = configure(main_tutorial, EPOCHS=1, WANDB_MODE="offline").main()
+    output, errors = capfd.readouterr()
+    (line,) = [line for line in errors.splitlines() if "W&B" in line]
+    assert "this run is not logged any more" in line and "sync" not in output
+    assert (result.run_dir / "results.json").exists()
+    assert all((result.run_dir / name).exists() for name in FIGURES)
+    assert not (result.run_dir / "wandb").exists()
+    assert {name for name in os.environ if "WANDB" in name} == {name for name in environment if "WANDB" in name}
 
 
-@pytest.fixture
-def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a small disk for W&B to write in, and for all that it else would write elsewhere."""
-    folder = tmp_path / "wandb-disk"
-    folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", folder)
-    monkeypatch.setenv("WANDB_DIR", str(folder))
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(folder / "wandb" / ".wandb"))
-    yield folder
-    while folder.is_mount():
-        subprocess.run(["umount", "-l", folder], check=True)  # lazily: W&B may not have ended yet
-
-
-def strike(moment: str, fault: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the fault happen before the run, after its third epoch of six, or when all of them are done."""
-    log_epoch, log_results, logged = WandbRuns.log_epoch, WandbRuns.log_results, []
-
-    def log_epoch_and_strike(runs: WandbRuns, fit_name: str, metrics: dict[str, float]) -> None:
-        log_epoch(runs, fit_name, metrics)
-        logged.append(fit_name)
-        if len(logged) == 3:
-            fault(folder)
-
-    def strike_and_log_results(runs: WandbRuns, result: ExperimentResult) -> None:
-        fault(folder)
-        log_results(runs, result)
-
-    if moment == "before":
-        fault(folder)
-    elif moment == "middle":
-        monkeypatch.setattr(WandbRuns, "log_epoch", log_epoch_and_strike)
-    else:
-        monkeypatch.setattr(WandbRuns, "log_results", strike_and_log_results)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before", "middle", "end"])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_a_folder_that_fails_costs_no_result_and_the_log_is_written_whole(
-    mode: str,
-    fault: str,
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    slow(*((moment, kind) for moment in MOMENTS for kind in ("disk full", "W&B's own"))),
+)
+def test_what_w_and_b_raises_online_is_logged_offline(
     moment: str,
+    kind: str,
     configure: Configure,
-    wandb_folder: Path,
+    server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with WandbServer(KEY) as first, WandbServer(KEY) as second:
-        monkeypatch.setenv("WANDB_BASE_URL", first.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        strike(moment, FAULTS[fault], wandb_folder, monkeypatch)
-        result = configure(main_tutorial, WANDB_MODE=mode).main()
-        output, errors = capfd.readouterr()
-        assert (result.run_dir / "results.json").exists()
-        assert all((result.run_dir / name).exists() for name in FIGURES)
-        if mode == "offline":
-            (said,) = [line for line in output.splitlines() if line.startswith("W&B: offline, in")]
-            assert ("/runs/" in said) == (moment == "before" and fault != "deleted")
-        lines = [line for line in errors.splitlines() if line.startswith("W&B")]
-        moved = moment != "before" and "sync" in output  # online, a deleted folder may cost nothing
-        assert len(lines) == moved, errors
-        assert all("cannot be written" in line and "logged offline, in" in line for line in lines)
-        if "sync" in output:
-            monkeypatch.setenv("WANDB_BASE_URL", second.url)
-            sync(output)
-            assert_arrived(second, result)
-        else:
-            assert_arrived(first, result)
+    """The offline runs are whole in themselves: uploaded to another server, which has nothing of the online ones."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    break_wandb(monkeypatch, moment, ERRORS[kind], ["online"])
+    result = configure(main_tutorial, WANDB_MODE="online").main()
+    output, errors = capfd.readouterr()
+    (line,) = [line for line in errors.splitlines() if "W&B" in line]
+    assert "so this run is logged offline" in line
+    assert {path.name[:11] for path in (result.run_dir / "wandb").glob("*run-*")} == {"offline-run"}
+    with WandbServer(KEY) as another:
+        monkeypatch.setenv("WANDB_BASE_URL", another.url)
+        sync(output)
+        assert_arrived(another, result)
 
 
 @pytest.mark.slow
-def test_where_w_and_b_can_write_nowhere_one_line_says_that_the_run_is_not_logged(
-    configure: Configure, wandb_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_disk_that_is_full_when_the_results_are_logged_costs_the_log_and_no_result(
+    mode: str,
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_arguments: object) -> None:
-        raise OSError("Unable to write staging files")
+    """What W&B has written by then goes, and leaves room enough for results.json."""
+    log_results = WandbRuns.log_results
 
-    monkeypatch.setattr(WandbRuns, "_open", fail)
-    result = configure(main_tutorial, EPOCHS=1, WANDB_MODE="offline").main()
+    def fill_the_disk_and_log_results(runs: WandbRuns, result: ExperimentResult) -> None:
+        with open(tmp_path / "runs" / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        log_results(runs, result)
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(WandbRuns, "log_results", fill_the_disk_and_log_results)
+    with nearly_full_disk(tmp_path / "runs") as filler:
+        filler.unlink()
+        result = configure(main_tutorial, WANDB_MODE=mode).main()
+        assert (result.run_dir / "results.json").exists() and not (result.run_dir / "wandb").exists()
     output, errors = capfd.readouterr()
-    assert "is not logged any more" in errors and "sync" not in output
+    assert "fails (No space left on device), so this run is not logged any more" in errors and "sync" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_folder_that_is_deleted_while_w_and_b_logs_costs_no_result(
+    mode: str, configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log_epoch: Callable[..., None] = WandbRuns.log_epoch
+
+    def log_epoch_and_delete(*arguments: Any) -> None:
+        log_epoch(*arguments)
+        for run_dir in run_dirs(tmp_path):
+            shutil.rmtree(run_dir / "wandb", ignore_errors=True)
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(WandbRuns, "log_epoch", log_epoch_and_delete)
+    result = configure(main_tutorial, WANDB_MODE=mode).main()
     assert (result.run_dir / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_users_own_in_the_same_process_goes_on(
+    configure: Configure, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    own = wandb.init(project="own", id="own", dir=str(tmp_path), settings=wandb.Settings(silent=True))
+    own.log({"value": 1})
+    result = configure(main_tutorial, WANDB_MODE="online").main()
+    own.log({"value": 2})
+    own.finish()
+    wandb.teardown()
+    assert [row["value"] for row in server.runs.pop("own")["history"]] == [1, 2]
+    assert_arrived(server, result)

@@ -1,17 +1,20 @@
 """The API key: where it is found, in which forms, what is no key, and whether W&B is online."""
 
+import http.server
 import re
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import KEY, REPOSITORY, Configure
+from conftest import KEY, REPOSITORY, Configure, finish, start_python
 from wandb_server import WandbServer
 
 import main_tutorial
 from experiment.errors import ConfigurationError
-from experiment.wandb_key import choose_mode, find_api_key
+from experiment.wandb_key import choose_mode, find_api_key, server_url
 
 LONG_KEY = "wandb_v1_" + "aB3" * 25 + "_9"  # of 86 characters, as they are today
 
@@ -30,6 +33,42 @@ def test_a_refused_key_is_a_configuration_error_that_names_its_source(
     assert stop.value.code == 2
     assert "environment variable WANDB_API_KEY" in output and "f" * 40 not in output
     assert "epoch" not in output and not (tmp_path / "runs").exists()
+
+
+def test_a_server_that_answers_200_and_knows_no_viewer_refuses_the_key(
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    server.knows_no_viewer = True
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, WANDB_MODE="online").main()
+    assert stop.value.code == 2 and "refuses the API key" in "".join(capfd.readouterr())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_server_that_is_none_of_wandbs_is_replaced_by_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class AnswersHtml(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in to the hotel's network</html>")
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AnswersHtml) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+        server.shutdown()
+    assert "does not speak as W&B does" in capfd.readouterr().err
 
 
 def test_a_server_that_answers_500_is_replaced_by_offline(
@@ -82,6 +121,60 @@ def test_the_environment_comes_before_the_file_and_the_file_before_netrc(
     assert find_api_key(tmp_path / "key", "https://example.org")[0] == "second"
     monkeypatch.setenv("WANDB_API_KEY", "first")
     assert find_api_key(tmp_path / "key", "https://example.org")[0] == "first"
+
+
+@pytest.mark.parametrize("name", [".netrc", "_netrc"])
+def test_a_netrc_in_the_home_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NETRC")
+    (tmp_path / "home" / name).write_text(f"machine example.org login user password {KEY}\n")
+    assert find_api_key(tmp_path / "none", "https://example.org") == (KEY, "~/.netrc")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00key", b"machine example.org password", "machine ü".encode("latin-1")]
+)
+def test_a_netrc_that_cannot_be_read_is_as_if_it_were_not_there(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "home" / ".netrc").write_bytes(content)
+    assert find_api_key(tmp_path / "none", "https://example.org") == (None, "")
+    assert choose_mode("auto", tmp_path / "none") == ("offline", None)
+
+
+@pytest.mark.parametrize("place", ["home/.config/wandb", "wandb"])
+def test_the_server_that_wandbs_settings_file_names_is_asked(
+    place: str, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "settings").write_text(f"[default]\nbase_url = {server.url}/\n")
+    assert server_url() == server.url
+    assert choose_mode("auto", tmp_path / "none") == ("online", KEY)
+    wandbs_own = subprocess.run(
+        [sys.executable, "-c", "import wandb; print(wandb.setup().settings.base_url)"], capture_output=True, text=True
+    )
+    assert wandbs_own.stdout.strip().rstrip("/") == server.url
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"base_url = http://example.org", b"[default]\nmode = offline\n"])
+def test_a_settings_file_that_names_no_server_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / ".config" / "wandb"
+    folder.mkdir(parents=True)
+    (folder / "settings").write_bytes(content)
+    assert server_url() == "https://api.wandb.ai"
+
+
+def test_the_key_and_the_mode_are_found_without_importing_wandb(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from experiment.wandb_key import choose_mode
+from experiment.wandb_sweep import sweep_parameters, take_sweep
+import experiment.wandb_runs
+print(choose_mode("auto", Path("none")), sweep_parameters(), take_sweep(), "wandb" in sys.modules)
+"""
+    output, _ = finish(start_python(tmp_path, "-c", code))
+    assert output == "('offline', None) {} None False\n"
 
 
 def test_the_committed_key_file_holds_only_comments() -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIGURES, KEY, Configure, all_fits, nearly_full_disk, saved_epochs, slow
+from conftest import (
+    FIGURES,
+    KEY,
+    REPOSITORY,
+    Configure,
+    all_fits,
+    finish,
+    nearly_full_disk,
+    saved_epochs,
+    slow,
+    start_python,
+)
 from wandb_server import WandbServer
 
 import main_tutorial
@@ -58,13 +69,10 @@ def assert_arrived(server: WandbServer, result: ExperimentResult) -> None:
     assert (result.run_dir / "model.pt").read_bytes() in server.artifact_files
 
 
-def sync(printed: str) -> None:
-    """Run the ``wandb sync`` command that a run printed."""
-    command = re.search(r"^  (\S*wandb sync .*)$", printed, re.MULTILINE)
-    assert command is not None
-    _, *arguments = shlex.split(command[1])
-    wandb = str(Path(sys.executable).with_name("wandb"))
-    subprocess.run([wandb, *arguments], env=os.environ | {"WANDB_API_KEY": KEY}, check=True, timeout=60)
+def sync(printed: str, folder: Path | None = None) -> None:
+    """Give a shell the ``wandb sync`` command that a run printed, in the folder that the run was started in."""
+    (command,) = re.findall(r"^  (\S*wandb sync .*)$", printed, re.MULTILINE)
+    subprocess.run(["sh", "-c", command], cwd=folder, env=os.environ | {"WANDB_API_KEY": KEY}, check=True, timeout=60)
 
 
 def put_key(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -119,7 +127,7 @@ def test_a_server_that_breaks_while_the_runs_are_opened_is_replaced_by_offline_w
 ) -> None:
     warned, go_offline = [], WandbRuns._go_down
 
-    def note_the_time(runs: WandbRuns, reason: str) -> None:
+    def note_the_time(runs: WandbRuns, reason: Exception) -> None:
         warned.append(time.monotonic() - started)
         go_offline(runs, reason)
 
@@ -212,9 +220,131 @@ def test_after_a_resume_every_run_has_one_whole_history(
     result = configure(main_tutorial, **settings).main()
     assert result.environment["resumed"] is True
     if mode == "offline":
+        assert len(list((result.run_dir / "wandb").glob("offline-run-*"))) == 3
         sync(capfd.readouterr().out)
     assert_arrived(server, result)
     assert not files_with_key(tmp_path)
+
+
+TWO_EXPERIMENTS = """
+import os, sys, threading
+import main_tutorial as script
+def process():
+    variables = {{name: value for name, value in os.environ.items() if name[:5] in ("WANDB", "XDG_D", "XDG_C")}}
+    return variables, sys.exit, sys.excepthook
+script.DATASET, script.FOLDS, script.EPOCHS, script.WANDB_MODE, script.WORKERS = "Digits", 2, 1, {mode!r}, 1
+before = process()
+for script.RUNS_DIR in ({first!r}, {second!r}):
+    script.main()
+    assert process() == before
+    print("THREADS", len(threading.enumerate()))
+"""
+
+
+@pytest.mark.parametrize("mode", ["offline", *slow("online")])
+def test_two_experiments_in_one_process_write_into_their_own_folders_and_leave_the_process_as_it_was(
+    mode: str, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "not-asked"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    for name in ("working", "temporary"):
+        (tmp_path / name).mkdir()
+    folders = [tmp_path / "first", tmp_path / "second"]
+    code = TWO_EXPERIMENTS.format(mode=mode, first=str(folders[0]), second=str(folders[1]))
+    output, _ = finish(start_python(tmp_path / "working", "-c", code))
+    first, second = re.findall(r"^THREADS (\d+)", output, re.MULTILINE)
+    assert int(second) <= int(first)
+    for folder in folders:
+        (run_dir,) = folder.iterdir()
+        wandb_id = json.loads((run_dir / "config.json").read_text())["wandb_id"]
+        names = {re.sub(r"-\d+_\d+-", "-", path.name) for path in (run_dir / "wandb").iterdir()}
+        kind = "offline-run" if mode == "offline" else "run"
+        expected = {f"{kind}-{wandb_id}-{fit}" for fit in ("final", "fold-1", "fold-2")}
+        assert names == expected | ({"artifacts"} if mode == "offline" else set())
+    elsewhere = [path for path in tmp_path.rglob("*") if path.relative_to(tmp_path).parts[0] not in ("first", "second")]
+    of_others = ("matplotlib", "torchinductor_root")
+    found = [path for path in elsewhere if path.is_file() and not set(of_others) & set(path.parts)]
+    assert found == []
+    assert "wandb" not in {path.name for path in elsewhere} and not any((tmp_path / "working").iterdir())
+    assert {path.name for path in (tmp_path / "temporary").iterdir()} <= {"torchinductor_root"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["with blanks", "it's $HOME (1) [x]*"])
+def test_the_upload_command_is_understood_by_a_shell_wherever_the_run_lies(
+    name: str, configure: Configure, server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = configure(main_tutorial, WANDB_MODE="offline", RUNS_DIR=tmp_path / name).main()
+    output = capfd.readouterr().out
+    assert output.count("offline-run-*") == 1
+    sync(output)
+    assert_arrived(server, result)
+
+
+def test_a_run_that_is_cut_off_offline_says_how_to_upload_what_it_logged(
+    configure: Configure,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    log_epoch, logged = WandbRuns.log_epoch, []
+
+    def interrupt_after_three(runs: WandbRuns, fit_name: str, metrics: dict[str, Any]) -> None:
+        log_epoch(runs, fit_name, metrics)
+        logged.append(metrics)
+        if len(logged) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WandbRuns, "log_epoch", interrupt_after_three)
+    with pytest.raises(SystemExit):
+        configure(main_tutorial, WANDB_MODE="offline").main()
+    sync(capfd.readouterr().out)
+    assert sum(len(run["history"]) for run in server.runs.values()) == 3 == len(server.runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_run_without_a_home_is_logged_like_any_other(
+    mode: str, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nobody = ["unshare", "-U", "--map-user=12345", "--map-group=12345", "env", "-u", "HOME", "-u", "NETRC"]
+    if shutil.which("unshare") is None or subprocess.run([*nobody, "true"]).returncode != 0:
+        pytest.skip("only unshare makes a user without an entry in /etc/passwd, so nothing was tested")
+    if mode == "online":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    options = ["--dataset=Digits", "--folds=2", "--epochs=1", "--wandb-mode=auto", f"--runs-dir={tmp_path / 'runs'}"]
+    run = subprocess.run(
+        [*nobody, sys.executable, str(REPOSITORY / "main_tutorial.py"), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and run.stderr == ""
+    if mode == "offline":
+        assert not server.runs
+        sync(run.stdout, tmp_path)
+    assert {run["name"]: run["exit_code"] for run in server.runs.values()} == {"final": 0, "fold-1": 0, "fold-2": 0}
+    assert len(server.artifacts) == 8  # two tables a run, the mistakes and the model
+
+
+@pytest.mark.slow
+def test_a_full_folder_for_temporary_files_costs_no_log(
+    start_script: Callable[..., subprocess.Popen[str]],
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    with nearly_full_disk(tmp_path / "temporary") as filler:
+        with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+        output, errors = finish(start_script("main_tutorial", WANDB_MODE="offline"))
+    assert errors == ""
+    monkeypatch.delenv("TMPDIR")
+    sync(output, tmp_path)
+    assert len(server.runs) == 3 and len(server.artifacts) == 8
 
 
 @pytest.mark.parametrize("place", ["file", *slow("environment", "netrc")])

@@ -18,7 +18,7 @@ import yaml
 from conftest import KEY, REPOSITORY, Configure, saved_epochs
 from wandb_server import WandbServer
 
-import experiment.run
+import experiment.training
 import main_cnn
 import main_tutorial
 from experiment.settings import TrainingConfig
@@ -220,13 +220,13 @@ def test_the_agents_parameters_win_over_constants_and_reach_one_experiment(
 def test_where_a_fold_diverged_the_final_run_ends_as_failed(
     trial: Callable[..., ModuleType], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    next_checkpoint = experiment.run._next_checkpoint
+    next_checkpoint = experiment.training._next_checkpoint
 
-    def diverge(checkpoint: Any, name: str, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        failed = name == "fold-3" and metrics["epoch"] == 2
-        return next_checkpoint(checkpoint, name, state, metrics | ({"train/loss": float("inf")} if failed else {}))
+    def diverge(checkpoint: Any, fit: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        failed = fit.name == "fold-3" and metrics["epoch"] == 2
+        return next_checkpoint(checkpoint, fit, state, metrics | ({"train/loss": float("inf")} if failed else {}))
 
-    monkeypatch.setattr(experiment.run, "_next_checkpoint", diverge)
+    monkeypatch.setattr(experiment.training, "_next_checkpoint", diverge)
     with pytest.raises(SystemExit) as stop:
         trial(folds=3, epochs=3).main()
     assert stop.value.code == 1
@@ -245,13 +245,13 @@ def test_a_server_that_goes_away_costs_the_sweep_a_trial_and_nobody_a_result(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    next_checkpoint = experiment.run._next_checkpoint
+    next_checkpoint = experiment.training._next_checkpoint
 
     def fail(*arguments: Any) -> Any:
         server.fail()
         return next_checkpoint(*arguments)
 
-    monkeypatch.setattr(experiment.run, "_next_checkpoint", fail)
+    monkeypatch.setattr(experiment.training, "_next_checkpoint", fail)
     with pytest.raises(SystemExit) as stop:
         trial().main()
     errors = capfd.readouterr().err

@@ -21,7 +21,8 @@ class WandbServer:
     ``runs`` maps run id → {"name", "project", "group", "job_type", "sweep", "config", "history", "summary", "files"}. A
     line of history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what
     was said of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is
-    the one of these that is called after ``breaks_after`` requests.
+    the one of these that is called after ``breaks_after`` requests. Who comes with another key gets status 401 or, with
+    ``knows_no_viewer``, 200 and ``viewer: null``.
 
     ``sweeps`` maps sweep id → {"config", "project", "trials", "warnings"}. The trials, run id → what W&B's own search
     engine suggested, are made from what came here of the runs that said they belong to the sweep. ``stop_run()`` is the
@@ -31,6 +32,7 @@ class WandbServer:
     def __init__(self, key: str, status: int = 200) -> None:
         self.key, self.status = key, status
         self.hanging = False
+        self.knows_no_viewer = False
         self.posts, self.breaks_after = 0, math.inf
         self.breaks: Callable[[WandbServer], None] = WandbServer.fail
         self.artifacts: list[dict[str, Any]] = []
@@ -106,6 +108,8 @@ class WandbServer:
         if self.status != 200:
             return _answer(request, self.status, {"error": "broken"})
         if user.partition(":")[2] != self.key:
+            if self.knows_no_viewer:
+                return _answer(request, 200, {"data": {"viewer": None}})
             return _answer(request, 401, {"error": "unauthorized"})
         if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
             self._stream(self.run(match[1]), json.loads(body))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -15,15 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from torch import Tensor, nn
+from torch import nn
 
 import main_cnn
 from data_utils import load_dataset, path_of
-from experiment.run import make_fits, run_experiment
+from experiment.plan import make_fits, make_plan
+from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
 from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork
-from train_utils import Fit, State, run_epoch
+from train_utils import Fit, State, accuracy_of, run_epoch
 
 
 def config_of(script: ModuleType, **constants: Any) -> TrainingConfig:
@@ -36,7 +36,13 @@ def fits_of(
 ) -> list[Fit]:
     """Return the fits of a script with some constants changed, the final one first."""
     config = config_of(script, **constants)
-    return make_fits(model_class, config, load_dataset(config.dataset, path_of(config.data_dir)))
+    dataset = load_dataset(config.dataset, path_of(config.data_dir))
+    return make_fits(make_plan(config, None), model_class, config, dataset)
+
+
+def workers_for(fits: int) -> int:
+    """Return how many of so many fits are trained side by side on this machine."""
+    return make_plan(config_of(main_cnn, FOLDS=fits - 1), None).workers
 
 
 def train(fit: Fit) -> tuple[State, list[dict[str, Any]]]:
@@ -56,11 +62,6 @@ def train_side_by_side(fits: list[Fit], workers: int) -> list[list[dict[str, Any
         return list(pool.map(lambda fit: train(fit)[1], fits))
 
 
-def accuracy_of(labels: Tensor, probabilities: Tensor) -> float:
-    """Return the share of right answers of what `test_loop` returns."""
-    return (probabilities.argmax(1) == labels).double().mean().item()
-
-
 def test_figures(history: list[dict[str, Any]]) -> tuple[float, float]:
     """Return the test accuracy and loss of a final fit."""
     loss, labels, probabilities = history[-1]["evaluation"]
@@ -71,19 +72,19 @@ def seconds_of_a_run(images: int, **constants: Any) -> float:
     """Return the wall time of a whole run of main_cnn.py on its first images, from nothing to the last file."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         write_fewer(images, Path(folder) / "data")
-        os.environ["WANDB_DIR"] = folder
         config = config_of(main_cnn, **{"DATA_DIR": f"{folder}/data", "RUNS_DIR": folder} | constants)
         start = time.perf_counter()
         run_experiment(ConvolutionalNeuralNetwork, config)
         return time.perf_counter() - start
 
 
-def write_fewer(images: int, data_dir: Path) -> None:
-    """Write Fashion-MNIST with only the first of its training images."""
-    load_dataset("FashionMNIST", path_of(main_cnn.DATA_DIR))  # unpacks it where that is still to do
-    raw = data_dir / "FashionMNIST" / "raw"
+def write_fewer(images: int, data_dir: Path, dataset: str = "FashionMNIST", source: Path | None = None) -> None:
+    """Write a data set with only the first of its training images; `source` is where the whole one lies."""
+    source = source or path_of(main_cnn.DATA_DIR)
+    load_dataset(dataset, source)  # unpacks it where that is still to do
+    raw = data_dir / dataset / "raw"
     raw.mkdir(parents=True)
-    for path in (path_of(main_cnn.DATA_DIR) / "FashionMNIST" / "raw").glob("*-ubyte"):
+    for path in (source / dataset / "raw").glob("*-ubyte"):
         content = path.read_bytes()
         if path.name.startswith("train"):
             header, size = (16, 784) if "images" in path.name else (8, 1)

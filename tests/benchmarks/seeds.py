@@ -8,10 +8,8 @@ folds chose: ``python tests/benchmarks/seeds.py cosine:0.001:mirror one_cycle:0.
 import argparse
 import statistics
 
-from common import fits_of, main_cnn, test_figures, train_side_by_side
+from common import fits_of, main_cnn, test_figures, train_side_by_side, workers_for
 from recipes import changes_of
-
-from experiment.machine import plan_workers
 
 SEEDS = (314, 315, 316, 317, 318)
 
@@ -26,8 +24,7 @@ def main() -> None:
     changes = [changes_of(recipe) if ":" in recipe else {} for recipe in arguments.recipes]
     given = {"EPOCHS": arguments.epochs, "PRECISION": arguments.precision}
     fits = [fits_of(RNG_SEED=seed, **given, **each)[0] for each in changes for seed in SEEDS]
-    workers = plan_workers("auto", len(fits), fits[0].device)[1]
-    outcomes = [test_figures(history) for history in train_side_by_side(fits, workers)]
+    outcomes = [test_figures(history) for history in train_side_by_side(fits, workers_for(len(fits)))]
     for recipe in arguments.recipes:
         print(recipe)
         own, outcomes = outcomes[: len(SEEDS)], outcomes[len(SEEDS) :]

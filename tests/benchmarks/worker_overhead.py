@@ -14,10 +14,9 @@ import tempfile
 import time
 from typing import Any
 
-from common import WorkerProcesses, fits_of, path_of, run_epoch
+from common import WorkerProcesses, fits_of, path_of, run_epoch, workers_for
 
 from data_utils import PROJECT_DIR, cached_dataset
-from experiment.machine import plan_workers
 
 START_UP = """
 import sys, time
@@ -52,7 +51,7 @@ def main() -> None:
     commit = parser.parse_args().against
     fit = fits_of()[0]
     folds = len(fits_of()) - 1
-    _, workers = plan_workers("auto", folds + 1, "cpu")
+    workers = workers_for(folds + 1)
     arguments = [str(workers), fit.dataset, str(path_of(fit.data_dir)), fit.data_digest]
 
     def start_up(folder: str) -> float:

@@ -1,0 +1,176 @@
+"""The loop over epochs: each goes to an executor; what comes back is saved, logged, shown; what is lost, done again."""
+
+import contextlib
+import math
+import queue
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from experiment.console import Progress, warn
+from experiment.errors import RunError
+from experiment.figures import GrowingCurves
+from experiment.network import submit
+from experiment.plan import Plan
+from experiment.run_directory import RunDirectory
+from experiment.wandb_runs import WandbRuns
+from experiment.workers import ThisProcess, WorkerProcesses
+from train_utils import Failure, Fit, Metrics, State, attempt, run_epoch
+
+MOST_LOST_EPOCHS = 3  # that an executor may lose, as where a worker process is killed, before a run is given up
+Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if there was one
+
+
+def open_pool(plan: Plan, executor: Executor | None) -> AbstractContextManager[Executor]:
+    """Return where the epochs are computed; what was handed over is not closed at the end."""
+    if executor is not None:
+        return nullcontext(executor)
+    return WorkerProcesses(plan.workers) if plan.workers > 1 else ThisProcess()
+
+
+def train_all(
+    fits: list[Fit], plan: Plan, pool: Executor, folder: RunDirectory, runs: WandbRuns
+) -> dict[str, Checkpoint]:
+    """Train all fits side by side, an epoch of one at a time, from their checkpoints to their last epoch.
+
+    Returns
+    -------
+    dict
+        The last checkpoint of each fit, by name.
+
+    Raises
+    ------
+    RunError
+        If the executor fails again and again, or a checkpoint cannot be saved.
+    Exception
+        Whatever the network raises.
+    """
+    checkpoints = _load_checkpoints(fits, folder, runs)
+    waiting = sorted(_unfinished(fits, checkpoints), key=lambda fit: _epochs_done(checkpoints[fit.name]))
+    running: dict[Future[Any], Fit] = {}
+    answered: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    lost = 0
+    curves = GrowingCurves(folder.save)
+    with Progress([fit.name for fit in fits], fits[0].epochs) as progress:
+        progress.begin({name: checkpoint["history"] for name, checkpoint in checkpoints.items()})
+        try:
+            while waiting or running:
+                while waiting and len(running) < _most_at_once(plan, fits):
+                    fit = waiting.pop(0)
+                    checkpoint = checkpoints[fit.name]
+                    future = submit(pool, attempt, run_epoch, fit, _epochs_done(checkpoint) + 1, checkpoint["state"])
+                    running[future] = fit
+                    future.add_done_callback(answered.put)
+                future = _next_answer(answered)
+                fit = running.pop(future)
+                outcome = _outcome_of(future)
+                if outcome is None:
+                    lost += 1
+                    _tell_of_lost_epoch(future, plan, lost)
+                    waiting.insert(0, fit)
+                    continue
+                state, metrics = outcome
+                checkpoint = _next_checkpoint(checkpoints[fit.name], fit, state, metrics)
+                checkpoints[fit.name] = checkpoint
+                folder.save_checkpoint(fit.name, checkpoint)
+                runs.log_epoch(fit.name, metrics)
+                all_folds_have_done_one = progress.step(fit.name, metrics, diverged=checkpoint["failure"] is not None)
+                if all_folds_have_done_one:
+                    curves.draw(progress.histories)
+                if _is_unfinished(fit, checkpoint):
+                    waiting.append(fit)
+        finally:
+            for future in running:  # after an error or a Ctrl-C: an executor that was handed over goes on otherwise
+                future.cancel()
+    return checkpoints
+
+
+def _load_checkpoints(fits: list[Fit], folder: RunDirectory, runs: WandbRuns) -> dict[str, Checkpoint]:
+    """Return the checkpoints on disk, new ones where there are none; log what was not logged in this process yet."""
+    checkpoints = {}
+    for fit in fits:
+        new: Checkpoint = {"state": None, "history": [], "evaluation": None, "failure": None}
+        checkpoints[fit.name] = folder.load_checkpoint(fit.name) or new
+        for metrics in checkpoints[fit.name]["history"]:
+            runs.log_epoch(fit.name, metrics)
+    return checkpoints
+
+
+def _epochs_done(checkpoint: Checkpoint) -> int:
+    return len(checkpoint["history"])
+
+
+def _is_unfinished(fit: Fit, checkpoint: Checkpoint) -> bool:
+    return not checkpoint["failure"] and _epochs_done(checkpoint) < fit.epochs
+
+
+def _unfinished(fits: list[Fit], checkpoints: dict[str, Checkpoint]) -> list[Fit]:
+    return [fit for fit in fits if _is_unfinished(fit, checkpoints[fit.name])]
+
+
+def _most_at_once(plan: Plan, fits: list[Fit]) -> int:
+    """Return how many epochs are given to the executor before the first of them is done."""
+    if plan.executor is not None:
+        return len(fits)
+    if plan.workers == 1:
+        return 1
+    return plan.workers + 1  # one more waits in the queue, for the worker that is done while this process still saves
+
+
+def _next_answer(answered: queue.SimpleQueue[Future[Any]]) -> Future[Any]:
+    """Return the next future that is done. (`concurrent.futures.wait` may leave futures locked after a Ctrl-C.)"""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return answered.get(timeout=1)  # without a timeout, a Ctrl-C would have to wait on Windows
+
+
+def _outcome_of(future: Future[Any]) -> tuple[State, Metrics] | None:
+    """Return what `run_epoch` returned, None if the executor lost it; raise what the epoch itself raised."""
+    if future.cancelled() or future.exception() is not None:
+        return None
+    outcome = future.result()
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    return outcome
+
+
+def _tell_of_lost_epoch(future: Future[Any], plan: Plan, lost: int) -> None:
+    """Warn of an epoch that the executor lost; raise a RunError where there were too many."""
+    what = "A worker process was killed, most likely because memory ran out"
+    advice = " Set WORKERS lower."
+    if plan.executor is not None:
+        reason = "it was cancelled" if future.cancelled() else repr(future.exception())
+        what, advice = f"{plan.executor} lost an epoch ({reason})", ""
+    if lost > MOST_LOST_EPOCHS:
+        raise RunError(f"{what}, for the {lost}th time.{advice}") from None
+    warn(f"{what}; what it had not finished is done again.")
+
+
+def _next_checkpoint(checkpoint: Checkpoint, fit: Fit, state: State, metrics: Metrics) -> Checkpoint:
+    """Return the checkpoint after one more epoch; takes "evaluation" out of the metrics."""
+    evaluation = metrics.pop("evaluation", None)
+    return {
+        "state": state,
+        "history": [*checkpoint["history"], metrics],
+        "evaluation": evaluation,
+        "failure": _why_diverged(fit, checkpoint["history"], metrics, evaluation),
+    }
+
+
+def _why_diverged(fit: Fit, history: list[Metrics], metrics: Metrics, evaluation: Any) -> str | None:
+    """Return what is known of a fit whose loss is no longer a finite number; None if all is well."""
+    losses = {"training": metrics["train/loss"]}
+    if "validation/loss" in metrics:
+        losses["validation"] = metrics["validation/loss"]
+    elif evaluation is not None:
+        losses["test"] = evaluation[0]
+    for name, loss in losses.items():
+        if math.isfinite(loss):
+            continue
+        before = f", after {history[-1]['train/loss']:.4g} in training in epoch {len(history)}" if history else ""
+        return (
+            f"{fit.name} diverged in epoch {metrics['epoch']}: its {name} loss is {loss}{before}. Likely a "
+            f"LEARNING_RATE that is too high (it is {fit.learning_rate}), or a logarithm, a root or a division in the "
+            "network."
+        )
+    return None

@@ -1,0 +1,520 @@
+"""The trial of a network: what is refused before anything starts, what reaches a worker, what tells two apart."""
+
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Configure, slow
+from torch import Tensor, nn
+
+import main_cnn
+import main_tutorial
+from experiment.errors import ConfigurationError
+from experiment.network import Network, check_trial, same_answers, same_network, start_trial, try_network
+from experiment.plan import Plan
+from experiment.workers import WorkerProcesses
+from models import ConvolutionalNeuralNetwork, NeuralNetwork
+
+HERE = Plan(device="cpu", precision="float32", threads=1, workers=1, executor=None)
+SENT = Plan(device="cpu", precision="float32", threads=1, workers=2, executor=None)
+MODULE = """
+import functools
+import torch
+from torch import nn
+
+SCALE = 1.0
+
+def helper(images):
+    return SCALE * images.flatten(1)
+
+class Own(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+
+    def forward(self, images):
+        return self.layers(helper(images))
+"""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Return a module of the user's own, imported from its file."""
+    (tmp_path / "users_own.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("users_own")
+    del sys.modules["users_own"]
+
+
+def tried_in(pool: Executor, model_class: Callable[[], nn.Module]) -> Network:
+    """Try a network here and there; raise unless both are the same."""
+    network = try_network(model_class, SENT)
+    check_trial(network, start_trial(network, SENT, pool))
+    return network
+
+
+def plain_answers(model_class: Callable[[], nn.Module]) -> list[float]:
+    return try_network(model_class, HERE).answers
+
+
+def test_a_constant_that_was_set_in_memory_reaches_the_workers(module: ModuleType, pool: WorkerProcesses) -> None:
+    before = plain_answers(module.Own)
+    module.SCALE = 0.01  # type: ignore[attr-defined]
+    assert not same_answers(tried_in(pool, module.Own).answers, before)
+
+
+def test_a_module_that_was_edited_after_it_was_imported_is_sent_as_it_is_in_memory(
+    module: ModuleType, pool: WorkerProcesses
+) -> None:
+    Path(str(module.__file__)).write_text(MODULE.replace("SCALE = 1.0", "SCALE = 2.0"))
+    assert same_answers(tried_in(pool, module.Own).answers, plain_answers(module.Own))
+
+
+def test_a_method_that_was_replaced_reaches_the_workers(module: ModuleType, pool: WorkerProcesses) -> None:
+    before = plain_answers(module.Own)
+    module.Own.forward = lambda self, images: -self.layers(images.flatten(1))
+    assert not same_answers(tried_in(pool, module.Own).answers, before)
+
+
+@pytest.mark.parametrize("how", ["runpy", "spec_from_file_location"])
+def test_a_class_of_a_module_that_nobody_can_import_reaches_the_workers(
+    how: str, tmp_path: Path, pool: WorkerProcesses
+) -> None:
+    path = tmp_path / "nowhere.py"
+    path.write_text(MODULE)
+    if how == "runpy":
+        model_class = runpy.run_path(str(path))["Own"]
+    else:
+        spec = importlib.util.spec_from_file_location("nowhere", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model_class = module.Own
+    assert tried_in(pool, model_class).name == "Own"
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        functools.partial(lambda width: nn.Sequential(nn.Flatten(), nn.Linear(width, 10)), width=784),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
+    ],
+    ids=["partial", "lambda"],
+)
+def test_any_callable_will_do_and_the_networks_own_class_gives_the_name(
+    model_class: Callable[[], nn.Module], pool: WorkerProcesses
+) -> None:
+    assert tried_in(pool, model_class).name == "Sequential"
+
+
+def needing(what: Any) -> type[nn.Module]:
+    """Return a network that needs something of this process."""
+
+    class Needing(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            assert what is not None
+            return super().forward(images)
+
+    return Needing
+
+
+@pytest.mark.parametrize("kind", ["a lock", *slow("an open file")])
+def test_what_cannot_be_sent_ends_with_one_line_and_status_2_before_anything_starts(
+    kind: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(os.devnull) as file, pytest.raises(SystemExit) as stop:
+        network = needing(threading.Lock() if kind == "a lock" else file)
+        configure(main_tutorial, NeuralNetwork=network, WORKERS=2, WANDB_MODE="offline").main()
+    output, errors = capsys.readouterr()
+    assert stop.value.code == 2 and output == ""
+    assert errors.startswith("Bad configuration:\n  the network cannot be sent to other processes: ")
+    assert len(errors.splitlines()) == 2 and not (tmp_path / "runs").exists()
+
+
+def test_with_one_worker_nothing_is_sent_so_a_lock_does_no_harm(configure: Configure) -> None:
+    assert configure(main_tutorial, NeuralNetwork=needing(threading.Lock()), EPOCHS=1).main().final is not None
+
+
+def test_a_network_that_is_another_one_in_a_worker_ends_with_one_line_and_status_2_before_anything_starts(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = os.getpid()
+
+    class Elsewhere(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * (1 if os.getpid() == here else 2)
+
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, NeuralNetwork=Elsewhere, WORKERS=2, WANDB_MODE="offline").main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and len(errors.splitlines()) == 2
+    assert "Elsewhere is another network in the process that would train it" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_that_cannot_be_built_in_a_worker_ends_with_one_line_and_status_2(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = os.getpid()
+
+    class Missing(NeuralNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            if os.getpid() != here:
+                raise FileNotFoundError("weights.txt")
+
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, NeuralNetwork=Missing, WORKERS=2).main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and len(errors.splitlines()) == 2
+    assert "Missing works here, but not in the process that would train it: FileNotFoundError: weights.txt" in errors
+
+
+class Misbehaving(NeuralNetwork):
+    """Works in the trial, with its few images, and not in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, or raise."""
+        if len(images) > 8:
+            raise OSError("as planned")
+        return super().forward(images)
+
+
+class Leaving(NeuralNetwork):
+    """Ends its process in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, or exit."""
+        if len(images) > 8:
+            sys.exit("as planned")
+        return super().forward(images)
+
+
+def make_executor(kind: str) -> Executor:
+    if kind == "threads":
+        return ThreadPoolExecutor(2)
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("network", "kind"), [(Misbehaving, OSError), (Leaving, RuntimeError)])
+def test_what_a_network_raises_in_training_is_shown_with_its_line(
+    network: type[nn.Module],
+    kind: type[Exception],
+    workers: int,
+    configure: Configure,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(kind, match="as planned") as error:
+        configure(main_tutorial, NeuralNetwork=network, WORKERS=workers).main()
+    shown = "".join(traceback.format_exception(error.value))
+    assert 'raise OSError("as planned")' in shown or 'sys.exit("as planned")' in shown
+    assert "killed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["threads", *slow("processes")])
+def test_what_a_network_raises_in_an_executor_that_was_handed_over_is_shown_with_its_line(
+    kind: str, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with make_executor(kind) as executor, pytest.raises(OSError, match="as planned") as error:
+        configure(main_tutorial, NeuralNetwork=Misbehaving).main(executor=executor)
+    assert 'raise OSError("as planned")' in "".join(traceback.format_exception(error.value))
+    assert "lost an epoch" not in capsys.readouterr().err
+
+
+def test_after_an_error_the_epochs_that_wait_in_an_executor_are_cancelled(configure: Configure) -> None:
+    futures = []
+
+    class Recording(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **keywords: Any) -> Any:
+            futures.append(super().submit(*arguments, **keywords))
+            return futures[-1]
+
+    with Recording(1) as executor, pytest.raises(OSError, match="as planned"):
+        configure(main_tutorial, NeuralNetwork=Misbehaving, FOLDS=5).main(executor=executor)
+    assert len(futures) == 1 + 6  # the trial, and a first epoch of each fit
+    assert sum(future.cancelled() for future in futures) >= 4
+
+
+IN_ANOTHER_FOLDER = """
+import os, sys
+sys.path.insert(0, "")
+import main_tutorial
+os.chdir({folder!r})
+settings = {{"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 1, "WORKERS": 2, "WANDB_MODE": "disabled"}}
+for name, value in (settings | {{"RUNS_DIR": {folder!r}}}).items():
+    setattr(main_tutorial, name, value)
+print(main_tutorial.main().final.name)
+"""
+
+
+@pytest.mark.slow
+def test_workers_find_the_program_after_os_chdir(tmp_path: Path) -> None:
+    repository = Path(main_tutorial.__file__).parent
+    code = IN_ANOTHER_FOLDER.format(folder=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout.endswith("final\n")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_leaves_threads_and_generators_as_they_were(workers: int, configure: Configure) -> None:
+    torch.manual_seed(5)
+    np.random.seed(6)
+    torch.set_num_threads(2)
+    before = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), torch.get_num_threads())  # type: ignore[index]
+    configure(main_tutorial, EPOCHS=1, WORKERS=workers).main()
+    after = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), torch.get_num_threads())  # type: ignore[index]
+    assert after == before
+
+
+class WithSoftmax(NeuralNetwork):
+    """The commonest mistake of all."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return probabilities."""
+        return super().forward(images).softmax(1)
+
+
+def test_a_network_that_returns_probabilities_is_told_once_to_leave_the_softmax_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try_network(WithSoftmax, HERE)
+    assert capsys.readouterr().err == (
+        "WithSoftmax returns probabilities (rows that sum to 1), not logits: leave the softmax out.\n"
+    )
+
+
+@pytest.mark.parametrize("network", [NeuralNetwork, ConvolutionalNeuralNetwork])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_of_models_py_raises_no_doubt(
+    network: type[nn.Module], precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_network(network, Plan("cpu", precision, 1, 1, None))
+    assert capsys.readouterr().err == ""
+
+
+class Counting(NeuralNetwork):
+    """Counts in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        self.steps += 1
+        return super().forward(images)
+
+
+def test_a_counter_in_a_plain_attribute_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    try_network(Counting, HERE)
+    assert capsys.readouterr().err.startswith("Counting counts in steps, which begins anew in each epoch")
+
+
+def test_a_counter_outside_the_network_that_changes_its_answers_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[None] = []
+
+    class Drifting(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(None)
+            return super().forward(images) * len(calls)
+
+    try_network(Drifting, HERE)
+    assert "Drifting answers otherwise when it is built a second time" in capsys.readouterr().err
+
+
+class ArrayInState(NeuralNetwork):
+    """Keeps an array of numpy's in its state."""
+
+    def get_extra_state(self) -> Any:
+        """Return what a checkpoint cannot hold."""
+        return np.zeros(3)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take it back."""
+
+
+class PathInState(ArrayInState):
+    """Keeps a path in its state."""
+
+    def get_extra_state(self) -> Any:
+        """Return what a checkpoint cannot hold."""
+        return Path("here")
+
+
+class Growing(NeuralNetwork):
+    """Has a buffer that grows."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        self.seen = torch.cat([self.seen, images.mean().detach().view(1)])
+        return super().forward(images)
+
+
+class Expanded(nn.Module):
+    """Its weights overlap in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(784, 1).expand(784, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return images.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (ArrayInState, "ArrayInState keeps what no checkpoint can hold (in _extra_state)"),
+        (PathInState, "PathInState keeps what no checkpoint can hold (in _extra_state)"),
+        (Growing, "Growing cannot go on from its own state, as it must in each epoch: size mismatch for seen"),
+        (Expanded, "Expanded has weights that the optimizer cannot change: unsupported operation"),
+    ],
+)
+def test_what_could_not_go_on_in_the_second_epoch_is_one_line_and_status_2_at_once(
+    network: type[nn.Module],
+    says: str,
+    configure: Configure,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, NeuralNetwork=network).main()
+    output, errors = capsys.readouterr()
+    assert stop.value.code == 2 and output == "" and not (tmp_path / "runs").exists()
+    assert says in errors and len(errors.splitlines()) == 2 and "\x1b" not in errors
+
+
+class LazyInTraining(NeuralNetwork):
+    """Has a lazy layer that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = nn.LazyLinear(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        logits = super().forward(images)
+        return logits + self.helper(images.flatten(1)) if self.training else logits
+
+
+class ComplexWeights(nn.Module):
+    """Has complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(784, 10, dtype=torch.complex64) / 28)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return (images.flatten(1).to(torch.complex64) @ self.weight).real
+
+
+class Hooked(ConvolutionalNeuralNetwork):
+    """Looks at what comes out of the ReLU in front of a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stack[2].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("network", [LazyInTraining, ComplexWeights, Hooked])
+def test_an_uncommon_network_trains(network: type[nn.Module], configure: Configure) -> None:
+    script = configure(main_cnn, ConvolutionalNeuralNetwork=network, FOLDS=2, EPOCHS=2, BATCH_SIZE=256)
+    assert script.main().final.accuracy > 0.15
+
+
+def test_two_networks_are_the_same_if_they_answer_alike_to_a_part_in_a_thousand() -> None:
+    network = try_network(NeuralNetwork, HERE).to_dict()
+    near = network | {"answers": [1.0001 * answer for answer in network["answers"]]}
+    far = network | {"answers": [1.01 * answer for answer in network["answers"]]}
+    assert same_network(network, near) and not same_network(network, far)
+    assert not same_network(network, network | {"printed": "another"})
+    assert not same_network(network, network | {"answers": network["answers"][:-1]})
+
+
+EDITS = {
+    "a helper function": ("return SCALE * images", "return -SCALE * images"),
+    "a constant beside the class": ("SCALE = 1.0", "SCALE = 1.1"),
+    "an initialisation": ("super().__init__()\n", "super().__init__()\n        torch.manual_seed(3)\n"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_that_no_structure_shows_changes_the_answers(edit: str, tmp_path: Path) -> None:
+    (tmp_path / "before.py").write_text(MODULE)
+    (tmp_path / "after.py").write_text(MODULE.replace(*EDITS[edit]))
+    before, after = (runpy.run_path(str(tmp_path / name))["Own"] for name in ("before.py", "after.py"))
+    one, other = try_network(before, HERE).to_dict(), try_network(after, HERE).to_dict()
+    assert one["printed"] == other["printed"] and not same_network(one, other)
+
+
+def test_a_reworded_comment_or_docstring_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "before.py").write_text(MODULE)
+    (tmp_path / "after.py").write_text(
+        MODULE.replace("def forward", '"""A docstring."""\n    # a comment\n    def forward')
+    )
+    before, after = (runpy.run_path(str(tmp_path / name))["Own"] for name in ("before.py", "after.py"))
+    assert same_network(try_network(before, HERE).to_dict(), try_network(after, HERE).to_dict())
+
+
+def test_what_a_network_prints_of_itself_has_no_addresses() -> None:
+    class Printing(NeuralNetwork):
+        def extra_repr(self) -> str:
+            return f"{object()}, {test_what_a_network_prints_of_itself_has_no_addresses}"
+
+    printed = try_network(Printing, HERE).printed
+    assert "<object object>" in printed and "0x" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}],
+    ids=["this one", "AVX2", "SSE4"],
+)
+def test_answers_are_the_same_on_another_kind_of_cpu(environment: dict[str, str]) -> None:
+    code = """
+import json, models
+from experiment.network import try_network
+from experiment.plan import Plan
+print(json.dumps(try_network(models.ConvolutionalNeuralNetwork, Plan("cpu", "float32", 1, 1, None)).to_dict()))
+"""
+    repository = Path(main_tutorial.__file__).parent
+    printed = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=repository, env=os.environ | environment, text=True
+    )
+    assert same_network(json.loads(printed), try_network(ConvolutionalNeuralNetwork, HERE).to_dict())
+
+
+def test_a_configuration_error_of_the_trial_names_the_class_of_the_network() -> None:
+    with pytest.raises(ConfigurationError, match="Flatten must have parameters"):
+        try_network(nn.Flatten, HERE)
