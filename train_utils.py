@@ -33,11 +33,12 @@ _one_at_a_time = threading.Lock()  # a process has one random generator and one 
 class Fit:
     """One model to train on some images and to evaluate on others, with all that its bits depend on.
 
-    `held_out_mask` says which training images to evaluate on, as `data_utils.split` takes it; None makes it the final
-    fit.
+    `number` is part of its seed: 0 for the final fit, k for fold k. `held_out_mask` says which training images to
+    evaluate on, as `data_utils.split` takes it; None makes it the final fit.
     """
 
     name: str
+    number: int
     model_class: Callable[[], nn.Module]
     dataset: str
     data_dir: str
@@ -192,8 +193,13 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
 
 
 def seed_of(fit: Fit, epoch: int) -> int:
-    """Return the seed of all that is random in one epoch of a fit, from 0 to 2⁶⁴ − 1."""
-    return int(np.random.SeedSequence((fit.rng_seed, epoch)).generate_state(1, np.uint64)[0])
+    """Return the seed of all that is random in one epoch of a fit, from 0 to 2⁶⁴ − 1.
+
+    Each fit has its own, and the same one in every run of the same RNG_SEED. With one for all, the spread of the folds
+    would not show what the seed is worth, and a comparison of two runs would take it for an effect (docs/results.md).
+    """
+    sequence = np.random.SeedSequence((fit.rng_seed, fit.number, epoch))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def accuracy_of(labels: Tensor, probabilities: Tensor) -> float:

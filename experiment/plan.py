@@ -99,6 +99,7 @@ def make_fits(plan: Plan, model_class: Callable[[], nn.Module], config: Training
     _check_folds(dataset, config.folds)
     final = Fit(
         name="final",
+        number=0,
         model_class=model_class,
         dataset=config.dataset,
         data_dir=str(config.data_dir),
@@ -120,7 +121,7 @@ def make_fits(plan: Plan, model_class: Callable[[], nn.Module], config: Training
     for number, (_, held_out) in enumerate(splitter.split(labels, labels), start=1):
         mask = np.zeros(len(labels), dtype=bool)
         mask[held_out] = True
-        folds.append(replace(final, name=f"fold-{number}", held_out_mask=mask.tobytes()))
+        folds.append(replace(final, name=f"fold-{number}", number=number, held_out_mask=mask.tobytes()))
     _check_steps(config, len(labels))
     return [final, *folds]
 

@@ -3,13 +3,17 @@
 import copy
 import io
 import os
+import pickle
 import platform
+import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DATA_DIR, REPOSITORY, make_fit
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from data_utils import Batches, cached_dataset, pixel_statistics, split
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from train_utils import State, build_network, run_epoch, test_loop, train_loop
+from train_utils import Failure, State, attempt, build_network, run_epoch, seed_of, test_loop, train_loop
 
 CPU = torch.device("cpu")
 
@@ -313,3 +317,98 @@ def epoch_before() -> dict[type, State]:
     """The states of both networks after their first epoch."""
     classes = (NeuralNetwork, ConvolutionalNeuralNetwork)
     return {each: run_epoch(make_fit(each, BATCH_SIZE=256), 1, None)[0] for each in classes}
+
+
+def test_each_fit_and_epoch_has_a_seed_of_its_own() -> None:
+    fits = [make_fit(name=name, FOLDS=5) for name in ("final", *(f"fold-{number}" for number in range(1, 6)))]
+    assert [fit.number for fit in fits] == [0, 1, 2, 3, 4, 5]
+    seeds = {seed_of(replace(fit, rng_seed=rng_seed), epoch) for fit in fits for epoch in (1, 2) for rng_seed in (0, 1)}
+    assert len(seeds) == 6 * 2 * 2
+
+
+def test_the_seed_is_made_of_rng_seed_number_and_epoch_alone() -> None:
+    fold = make_fit(name="fold-1", RNG_SEED=7)
+    other = make_fit(ConvolutionalNeuralNetwork, name="fold-1", RNG_SEED=7, LEARNING_RATE=0.1, EPOCHS=9, MIRROR=True)
+    assert seed_of(fold, 2) == seed_of(other, 2)
+
+
+def test_two_folds_begin_from_other_weights_and_the_same_fold_from_the_same() -> None:
+    first, again, second = (
+        run_epoch(make_fit(name=name, LEARNING_RATE=1e-12, EPOCHS=1), 1, None)[0]["model"]["linear_relu_stack.0.weight"]
+        for name in ("fold-1", "fold-1", "fold-2")
+    )
+    assert torch.equal(first, again) and not torch.allclose(first, second, atol=1e-3)
+
+
+class DrawsFromAll(NeuralNetwork):
+    """Draws random numbers from torch, numpy and Python."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, with noise."""
+        noise = np.random.rand() + random.random() + torch.rand(1).item()
+        return super().forward(images) * (1 + noise if self.training else 1)
+
+
+def test_random_numbers_of_numpy_and_python_are_seeded_too() -> None:
+    fit = make_fit(DrawsFromAll)
+    losses = []
+    for draws in (0, 3):
+        for _ in range(draws):
+            np.random.rand()
+            random.random()
+        losses.append(run_epoch(fit, 1, None)[1]["train/loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_epoch_leaves_threads_and_generators_as_they_were(threads: int) -> None:
+    torch.set_num_threads(threads)
+    states = []
+    for _ in range(2):
+        numpys = np.random.get_state()[1]  # type: ignore[index]
+        states.append((torch.get_rng_state(), torch.get_num_threads(), random.getstate(), numpys))
+        run_epoch(make_fit(), 1, None)
+    before, after = states
+    assert torch.equal(before[0], after[0]) and before[1] == after[1] == threads
+    assert before[2] == after[2] and np.array_equal(before[3], after[3])
+
+
+def test_what_goes_wrong_in_an_attempt_comes_back_as_a_value() -> None:
+    failure = attempt(int, "x")
+    assert isinstance(failure, Failure) and isinstance(failure.error, ValueError)
+    assert attempt(int, "3") == 3
+
+
+def test_a_failure_of_another_process_names_the_lines_where_it_happened() -> None:
+    def fail() -> None:
+        raise FileNotFoundError(2, "as planned", "nowhere")
+
+    failure = pickle.loads(pickle.dumps(attempt(fail)))
+    assert isinstance(failure.error, FileNotFoundError) and failure.error.filename == "nowhere"
+    assert 'raise FileNotFoundError(2, "as planned", "nowhere")' in failure.error.__notes__[0]
+
+
+def test_an_exception_that_cannot_be_pickled_comes_back_in_words() -> None:
+    class Own(Exception):
+        pass
+
+    def fail() -> None:
+        raise Own("as planned")
+
+    error = pickle.loads(pickle.dumps(attempt(fail))).error
+    assert type(error) is RuntimeError and "Own: as planned" in str(error)
+
+
+def test_a_hook_on_a_relu_in_front_of_a_pooling_is_called_with_what_it_would_see() -> None:
+    seen: list[Tensor] = []
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(676, 10))
+    network[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    built = build_network(lambda: network, CPU)
+    images = torch.randn(2, 1, 28, 28)
+    built(images)
+    assert len(seen) == 1 and torch.equal(seen[0], network[0](images).relu())
+
+
+def test_a_scripted_network_trains() -> None:
+    fit = make_fit(lambda: torch.jit.script(NeuralNetwork()))  # type: ignore[arg-type]
+    assert run_epoch(fit, 1, None)[1]["train/accuracy"] > 0.1
