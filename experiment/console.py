@@ -150,6 +150,8 @@ def show_pictures(paths: Iterable[Path]) -> None:
 
 def folds_text(result: ExperimentResult) -> str:
     """Return the table of the folds, as the terminal and report.md show it."""
+    if not result.folds:
+        return "Cross-validation: all folds diverged"
     lines = ["Cross-validation", "  fold      accuracy     loss"]
     lines += [f"  {fold.name:<10}{fold.accuracy:>8.4f}{fold.loss:>9.4f}" for fold in result.folds]
     summary = result.cross_validation

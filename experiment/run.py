@@ -87,7 +87,11 @@ def run_experiment(
             publish(result, network, identity, folder, runs)
             folder.finish(result.to_dict())
     if result.failures:
-        raise RunError("\n".join(result.failures.values()))
+        likely = (
+            f"Most likely LEARNING_RATE is too high (it is {config.learning_rate}); else look for a logarithm, a root or "
+            "a division in the network."
+        )
+        raise RunError("\n".join([*result.failures.values(), likely]))
     if sweep and runs.mode != "online":
         raise RunError("The sweep did not get this trial, since W&B's server failed.")
     return result

@@ -7,12 +7,12 @@ from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from experiment.console import Progress, warn
+from experiment.console import Progress, say, warn
 from experiment.errors import RunError
 from experiment.figures import GrowingCurves
 from experiment.network import submit
 from experiment.plan import Plan
-from experiment.run_directory import RunDirectory
+from experiment.run_directory import RunDirectory, path_from_here
 from experiment.wandb_runs import WandbRuns
 from experiment.workers import ThisProcess, WorkerProcesses
 from train_utils import Failure, Fit, Metrics, State, attempt, run_epoch
@@ -50,6 +50,7 @@ def train_all(
     running: dict[Future[Any], Fit] = {}
     answered: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     lost = 0
+    say(f"Watch it learn: learning_curves.png grows in\n  {path_from_here(folder.path)}")
     curves = GrowingCurves(folder.save)
     with Progress([fit.name for fit in fits], fits[0].epochs) as progress:
         progress.begin({name: checkpoint["history"] for name, checkpoint in checkpoints.items()})
@@ -168,9 +169,5 @@ def _why_diverged(fit: Fit, history: list[Metrics], metrics: Metrics, evaluation
         if math.isfinite(loss):
             continue
         before = f", after {history[-1]['train/loss']:.4g} in training in epoch {len(history)}" if history else ""
-        return (
-            f"{fit.name} diverged in epoch {metrics['epoch']}: its {name} loss is {loss}{before}. Likely a "
-            f"LEARNING_RATE that is too high (it is {fit.learning_rate}), or a logarithm, a root or a division in the "
-            "network."
-        )
+        return f"{fit.name} diverged in epoch {metrics['epoch']}: its {name} loss is {loss}{before}."
     return None
