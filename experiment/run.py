@@ -88,8 +88,8 @@ def run_experiment(
             folder.finish(result.to_dict())
     if result.failures:
         likely = (
-            f"Most likely LEARNING_RATE is too high (it is {config.learning_rate}); else look for a logarithm, a root or "
-            "a division in the network."
+            f"Most likely LEARNING_RATE is too high (it is {config.learning_rate}); else look for a logarithm, a root "
+            "or a division in the network."
         )
         raise RunError("\n".join([*result.failures.values(), likely]))
     if sweep and runs.mode != "online":
