@@ -1,4 +1,5 @@
-# make train: set up and run main_cnn.py.  make test: set up and run the tests.  A second call sets up nothing anew.
+# make setup: PyTorch and the rest into .venv.  make quick: train on a small data set.  make train: run main_cnn.py.
+# make test: run the tests.  Each sets up what it needs; a second call sets up nothing anew.
 # On Linux they take PyTorch's CPU build where its index answers; with GPU=1, the default build (after `make clean`, where
 # the CPU build is already installed), and they train on the GPU.
 
@@ -7,7 +8,12 @@ BIN := .venv/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
 
-.PHONY: train tutorial test test-slow test-all lint data clean
+.PHONY: setup quick train tutorial test test-slow test-all lint data clean
+
+setup: .venv/installed
+
+quick: .venv/installed
+	$(BIN)/python main_cnn.py --dataset Digits --mirror False $(if $(GPU),--device auto)
 
 train: .venv/installed data
 	$(BIN)/python main_cnn.py $(if $(GPU),--device auto)
