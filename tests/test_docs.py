@@ -23,11 +23,12 @@ from experiment.settings import TrainingConfig
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 MADE_BY_A_RUN = {
     *("report.md", "results.json", "config.json", "model.pt", "compare.png"),
+    "picture.png",  # the reader's own
     *("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png"),
 }
-OTHER_VARIABLES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"}
+OTHER_VARIABLES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "CLASS_NAMES"}
 OTHER_OPTIONS = {"--report"}  # pip's
-OWNERS = {"--against": "tests/benchmarks/worker_overhead.py"}  # of options that are named alone; else main_cnn.py
+OWNERS = {"--against": "tests/benchmarks/worker_overhead.py", "--invert": "-m experiment.classify"}  # of options that are named alone; else main_cnn.py
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
