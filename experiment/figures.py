@@ -34,9 +34,14 @@ CAPTIONS = {
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
-    """Return the figures of a run as PNG files, by name; they need no display.
+    """Return the figures of a run as PNG files, by name; they need no display."""
+    return {name: png_of(figure) for name, figure in make_figures(result).items()}
 
-    Without a final result only the learning curves are drawn, without any nothing is.
+
+def make_figures(result: ExperimentResult) -> dict[str, "Figure"]:
+    """Return the figures of a run, by the names of their files.
+
+    Without a final result there are only the learning curves, without any there is nothing.
     """
     figures = {}
     if result.folds:
@@ -48,7 +53,7 @@ def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
         figures["per_class.png"] = _draw_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
         figures["mistakes.png"] = _draw_mistakes(result.mistakes)
-    return {name: png_of(figure) for name, figure in figures.items()}
+    return figures
 
 
 def new_figure(width: float, height: float) -> "Figure":

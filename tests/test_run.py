@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import traceback
 from collections.abc import Callable
@@ -290,3 +291,9 @@ def test_a_network_without_anything_to_train_ends_with_one_line_and_status_2(
         configure(main_cnn, ConvolutionalNeuralNetwork=nn.Flatten).main()
     assert stop.value.code == 2
     assert "Flatten must have parameters that can be trained, got none" in capsys.readouterr().err
+
+
+def test_the_report_shows_every_figure_that_lies_beside_it(cnn_result: ExperimentResult) -> None:
+    report = (cnn_result.run_dir / "report.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", report)
+    assert set(FIGURES) <= set(shown) and all((cnn_result.run_dir / name).is_file() for name in shown)
