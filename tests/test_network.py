@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import main_cnn
 import main_tutorial
-from experiment.errors import ConfigurationError
+from experiment.errors import ConfigurationError, RunError
 from experiment.network import Network, check_trial, same_answers, same_network, start_trial, try_network
 from experiment.plan import Plan
 from experiment.workers import WorkerProcesses
@@ -314,22 +314,159 @@ def test_a_network_of_models_py_raises_no_doubt(
     assert capsys.readouterr().err == ""
 
 
-class Counting(NeuralNetwork):
-    """Counts in a plain attribute."""
+class Remembering(NeuralNetwork):
+    """Has a place for what it shall remember."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = 0
+    seen_by_all: int = 0
+    seen: Any = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        self.steps += 1
+        self.remember(images)
+        return super().forward(images)
+
+    def remember(self, images: Tensor) -> None:
+        """Keep something of the images."""
+
+
+class Counting(Remembering):
+    """Counts in a number."""
+
+    def remember(self, images: Tensor) -> None:
+        """Count."""
+        self.seen = (self.seen or 0) + 1
+
+
+class Listing(Remembering):
+    """Keeps what it has seen in a list."""
+
+    def remember(self, images: Tensor) -> None:
+        """Keep one number more."""
+        self.seen = [*(self.seen or []), images.mean().item()]
+
+
+class Averaging(Remembering):
+    """Keeps a moving average in a tensor that is no buffer."""
+
+    def remember(self, images: Tensor) -> None:
+        """Move it."""
+        self.seen = images.mean() if self.seen is None else 0.9 * self.seen + images.max()
+
+
+class InBuffer(NeuralNetwork):
+    """Counts in a buffer that is no part of its state."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        self.seen += 1
         return super().forward(images)
 
 
-def test_a_counter_in_a_plain_attribute_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    try_network(Counting, HERE)
-    assert capsys.readouterr().err.startswith("Counting counts in steps, which begins anew in each epoch")
+class OwnRandomNumbers(Remembering):
+    """Has a random generator of its own, which begins anew whenever it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = np.random.default_rng(1)
+
+    def remember(self, images: Tensor) -> None:
+        """Draw a number."""
+        self.seen.normal()
+
+
+class OfTorch(OwnRandomNumbers):
+    """The same with torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.Generator().manual_seed(1)
+
+    def remember(self, images: Tensor) -> None:
+        """Draw a number."""
+        torch.rand(1, generator=self.seen)
+
+
+@pytest.mark.parametrize("network", [Counting, Listing, Averaging, InBuffer, OwnRandomNumbers, OfTorch])
+def test_what_is_remembered_outside_the_state_is_told_of(
+    network: type[nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_network(network, HERE)
+    says = f"{network.__name__} keeps seen outside its weights and buffers, which begins anew in each epoch: "
+    assert capsys.readouterr().err.startswith(says)
+
+
+def test_a_counter_in_an_attribute_of_the_class_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    class OfTheClass(Remembering):
+        def remember(self, images: Tensor) -> None:
+            type(self).seen_by_all += 1
+
+    try_network(OfTheClass, HERE)
+    assert capsys.readouterr().err.startswith("OfTheClass keeps seen_by_all outside its weights and buffers")
+
+
+class BatchSize(Remembering):
+    """Keeps at hand how many images it has."""
+
+    def remember(self, images: Tensor) -> None:
+        """Keep it."""
+        self.seen = len(images)
+
+
+class Activations(Remembering):
+    """Keeps its last activations, which a picture may be drawn of."""
+
+    def remember(self, images: Tensor) -> None:
+        """Keep them."""
+        self.seen = torch.dropout(self.flatten(images), 0.5, self.training)
+
+
+class Mask(Remembering):
+    """Makes a mask once."""
+
+    def remember(self, images: Tensor) -> None:
+        """Make it."""
+        if self.seen is None:
+            self.seen = torch.ones_like(images)
+
+
+class InState(NeuralNetwork):
+    """Counts in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        self.seen += 1
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("network", [BatchSize, Activations, Mask, InState])
+def test_what_is_only_kept_at_hand_or_in_a_buffer_raises_no_doubt(
+    network: type[nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_network(network, HERE)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_answers_otherwise_each_time_is_told_of_and_trains_in_a_worker_too(
+    pool: WorkerProcesses, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OfTheSystem(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + int.from_bytes(os.urandom(2))
+
+    assert tried_in(pool, OfTheSystem).name == "OfTheSystem"
+    assert "OfTheSystem answers otherwise when it is built a second time" in capsys.readouterr().err
 
 
 def test_a_counter_outside_the_network_that_changes_its_answers_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,3 +655,89 @@ print(json.dumps(try_network(models.ConvolutionalNeuralNetwork, Plan("cpu", "flo
 def test_a_configuration_error_of_the_trial_names_the_class_of_the_network() -> None:
     with pytest.raises(ConfigurationError, match="Flatten must have parameters"):
         try_network(nn.Flatten, HERE)
+
+
+class Wide(NeuralNetwork):
+    """Needs an argument."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+
+class Unlearnable(NeuralNetwork):
+    """Cuts its gradient off."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return super().forward(images)
+
+
+class Squeezing(NeuralNetwork):
+    """Returns (10,) for a single image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return super().forward(images).squeeze()
+
+
+BUILT = NeuralNetwork()
+SHARED_LAYER = nn.Linear(784, 10)
+SHARED_WEIGHTS = torch.randn(784, 10)
+
+
+class SharedWeights(nn.Module):
+    """Trains a tensor that is made outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(SHARED_WEIGHTS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return images.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (Wide, "the network must be built without arguments: missing a required argument: 'width'"),
+        (BUILT, "the network must be a class, or a function that builds it, got a NeuralNetwork that is built already"),
+        (3, "the network must be built without arguments: 3 is not a callable object"),
+        (Unlearnable, "Unlearnable returns logits from which no gradient leads back to its weights"),
+        (Squeezing, "Squeezing must return logits (N, 10), of one image, too; got (10,): is there a squeeze()?"),
+        (lambda: BUILT, "NeuralNetwork is the same network, or has the same weights, when it is built a second time"),
+        (lambda: nn.Sequential(nn.Flatten(), SHARED_LAYER), "Sequential is the same network, or has the same weights"),
+        (SharedWeights, "SharedWeights is the same network, or has the same weights"),
+    ],
+    ids=["arguments", "built already", "no callable", "no gradient", "squeeze", "same network", "layer", "weights"],
+)
+def test_what_could_not_be_trained_fit_by_fit_is_one_line(network: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        try_network(network, HERE)
+    assert str(error.value).startswith(says) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_network_whose_batch_norm_knows_no_single_image_is_not_refused() -> None:
+    try_network(
+        lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, track_running_stats=False), nn.Linear(784, 10)), HERE
+    )
+
+
+def test_layers_that_are_shared_and_frozen_do_no_harm() -> None:
+    backbone = nn.Linear(784, 16).requires_grad_(False)
+    assert try_network(lambda: nn.Sequential(nn.Flatten(), backbone, nn.Linear(16, 10)), HERE).name == "Sequential"
+
+
+@pytest.mark.slow
+def test_a_compiled_network_raises_no_doubt_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    try_network(lambda: torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(784, 10))), HERE)  # type: ignore[return-value]
+    assert "docs/trouble.md" not in capfd.readouterr().err
+
+
+def test_an_executor_that_cannot_take_its_first_call_is_told_of_with_the_whole_reason() -> None:
+    network, failed = try_network(NeuralNetwork, HERE), Future[Any]()
+    failed.set_exception(RuntimeError("It occurs if both\nhave different environments.\n\nMore in a page."))
+    with pytest.raises(RunError, match=r"RuntimeError: It occurs if both have different environments\. \(docs/more-m"):
+        check_trial(network, failed)
