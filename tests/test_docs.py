@@ -28,7 +28,8 @@ MADE_BY_A_RUN = {
 }
 OTHER_VARIABLES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "CLASS_NAMES"}
 OTHER_OPTIONS = {"--report"}  # pip's
-OWNERS = {"--against": "tests/benchmarks/worker_overhead.py", "--invert": "-m experiment.classify"}  # of options that are named alone; else main_cnn.py
+# Of options that are named alone; else main_cnn.py.
+OWNERS = {"--against": "tests/benchmarks/worker_overhead.py", "--invert": "-m experiment.classify"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
