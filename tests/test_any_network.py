@@ -1,8 +1,10 @@
 """Networks that users define where they please: in a script of their own, in a notebook's cell, in a shell."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -190,3 +192,16 @@ def test_a_run_that_was_begun_on_another_kind_of_cpu_goes_on(
         begin_and_kill(script, tmp_path)
     output, _ = finish(start_python(tmp_path, script))
     assert "Going on with the unfinished run" in output
+
+
+@pytest.mark.slow
+def test_a_user_without_a_name_and_a_home_trains(tmp_path: Path) -> None:
+    """As with ``docker run -u 12345`` and on OpenShift; with WANDB_MODE = "auto", which looks for a key."""
+    as_nobody = ["unshare", "-U", "--map-user=12345", "--map-group=12345", "env", "-u", "HOME", "-u", "NETRC"]
+    if shutil.which("unshare") is None or subprocess.run([*as_nobody, "true"]).returncode != 0:
+        pytest.skip("no user can be made up here, so nothing was tested")
+    options = ["--dataset=Digits", "--folds=2", "--epochs=1", f"--data-dir={DATA_DIR}", f"--runs-dir={tmp_path}"]
+    command = [*as_nobody, sys.executable, str(REPOSITORY / "main_tutorial.py"), *options]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "W&B: upload the runs with" in run.stdout and list(tmp_path.glob("*/results.json"))
