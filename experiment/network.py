@@ -201,10 +201,8 @@ def check_trial(network: Network, trial: Future[Any]) -> None:
     try:
         found = trial.result()
     except Exception as error:  # what goes wrong in the network is a Failure
-        raise RunError(
-            f"the executor failed at its first call: {type(error).__name__}: {_first_paragraph(error)} "
-            "(docs/more-machines.md has the commands for Dask)"
-        ) from None
+        reason = f"{type(error).__name__}: {_first_paragraph(error)}"
+        raise RunError(f"the executor failed at its first call: {reason}") from None
     advice = "Define it where other processes can import or rebuild all that it needs, or set WORKERS = 1"
     if isinstance(found, Failure):
         raise ConfigurationError(

@@ -22,6 +22,8 @@ from data_utils import PROJECT_DIR
 # The parent's sys.path comes first of all: a folder named "experiment" in the working directory is none of ours.
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; import experiment.workers; experiment.workers.serve()"
 
+MARK = b"\0experiment.workers\0"  # begins each message: a debugger or a sitecustomize may print before a worker listens
+
 
 class WorkerDiedError(BrokenExecutor):
     """A worker process ended before it had answered; another has been started in its place."""
@@ -114,6 +116,7 @@ def _bury(process: subprocess.Popen[bytes]) -> None:
 
 
 def _send(pipe: IO[bytes], message: bytes) -> None:
+    pipe.write(MARK)
     pipe.write(len(message).to_bytes(8))
     pipe.write(message)
     pipe.flush()
@@ -121,12 +124,22 @@ def _send(pipe: IO[bytes], message: bytes) -> None:
 
 def _receive(pipe: IO[bytes]) -> bytes:
     """Return the next message; raise EOFError where the other end was closed before it was whole."""
+    _skip_to_mark(pipe)
     header = pipe.read(8)
     size = int.from_bytes(header)
     message = pipe.read(size)
     if len(header) < 8 or len(message) < size:
         raise EOFError
     return message
+
+
+def _skip_to_mark(pipe: IO[bytes]) -> None:
+    last_bytes = b""
+    while last_bytes != MARK:
+        byte = pipe.read(1)
+        if not byte:
+            raise EOFError
+        last_bytes = (last_bytes + byte)[-len(MARK) :]
 
 
 def serve() -> None:

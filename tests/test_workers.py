@@ -269,6 +269,16 @@ def test_what_is_printed_goes_to_standard_error_and_not_among_the_answers(tmp_pa
     assert (output, errors) == ("answer\n", "said by Python\nsaid by C\nsaid by a program\n")
 
 
+def test_what_python_prints_before_a_worker_listens_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a debugger's part in each process does, a sitecustomize, or a .pth file."""
+    (tmp_path / "sitecustomize.py").write_text("print('Here I am, and this is more than eight bytes.')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerProcesses(1) as pool:
+        assert [pool.submit(pow, 2, power).result(timeout=60) for power in (3, 4)] == [8, 16]
+
+
 def test_a_call_that_reads_standard_input_takes_no_call_away(pool: WorkerProcesses) -> None:
     assert isinstance(pool.submit(input).exception(timeout=30), EOFError)  # so does a breakpoint that was left
     futures = [pool.submit(lambda: os.system("head -c 1 >/dev/null </dev/stdin; true")) for _ in range(2)]
