@@ -198,6 +198,17 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return workers
 
 
+def wait_until_idle(processes: list[psutil.Process]) -> None:
+    """Wait until none of these processes has computed anything for half a second, as one does that cannot send."""
+    used, still = None, 0
+    deadline = time.monotonic() + 60
+    while still < 5:
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+        before, used = used, [process.cpu_times()[:2] for process in processes]
+        still = still + 1 if used == before else 0
+
+
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     """Wait for a process that ends with that status and without a traceback; return what it printed."""
     output, errors = process.communicate(timeout=120)

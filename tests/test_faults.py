@@ -25,6 +25,7 @@ from conftest import (
     nearly_full_disk,
     run_dirs,
     wait_for,
+    wait_until_idle,
     workers_of,
 )
 
@@ -103,19 +104,14 @@ def test_a_worker_killed_while_it_trains_costs_only_its_epoch(
 
 
 def kill_while_a_result_is_sent(process: subprocess.Popen[str], tmp_path: Path, everyone: bool) -> None:
-    """Kill the worker that is sending a result, or all: the parent is stopped, so the pipe fills up and they wait."""
+    """Kill a worker that is sending a result, or all: the parent is stopped, so the pipes fill up and they wait."""
     wait_for(lambda: checkpoints(tmp_path), process)
     process.send_signal(signal.SIGSTOP)
     workers = workers_of(process)
-    wait_for(lambda: any("pipe_write" in waits_for(worker) for worker in workers), process)
-    for worker in workers:
-        if everyone or "pipe_write" in waits_for(worker):
-            worker.kill()
+    wait_until_idle(workers)  # each has done its epoch, and a state is more than a pipe takes
+    for worker in workers if everyone else workers[:1]:
+        worker.kill()
     process.send_signal(signal.SIGCONT)
-
-
-def waits_for(process: psutil.Process) -> str:
-    return Path(f"/proc/{process.pid}/wchan").read_text()  # the kernel's function in which it sleeps
 
 
 @pytest.mark.slow

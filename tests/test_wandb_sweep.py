@@ -1,6 +1,7 @@
 """Sweeps, with W&B's own CLIs, agents and search engine: what they ask of a run, get of it, and how they stop it."""
 
 import json
+import math
 import os
 import re
 import statistics
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 import sweeps
+import torch
 import yaml
-from conftest import KEY, REPOSITORY, Configure, saved_epochs
+from conftest import KEY, REPOSITORY, Configure, make_fit, saved_epochs
+from torch import Tensor, nn
 from wandb_server import WandbServer
 
-import experiment.training
 import main_cnn
 import main_tutorial
 from experiment.settings import TrainingConfig
+from models import NeuralNetwork
+from train_utils import seed_of
 
 METRIC = "cross_validation/accuracy_mean"
 PARAMETERS: dict[str, Any] = {
@@ -217,16 +221,23 @@ def test_the_agents_parameters_win_over_constants_and_reach_one_experiment(
     assert [(run_id, run["name"]) for run_id, run in server.runs.items() if run["sweep"]] == [("run-id", "final")]
 
 
+def network_that(does: Callable[[Tensor], Tensor], seed: int) -> type[nn.Module]:
+    """Return the tutorial's network, which does something to its answers in the one epoch that has that seed."""
+
+    class NeuralNetworkWithAFault(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return does(logits) if torch.initial_seed() == seed else logits
+
+    return NeuralNetworkWithAFault
+
+
 def test_where_a_fold_diverged_the_final_run_ends_as_failed(
     trial: Callable[..., ModuleType], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    next_checkpoint = experiment.training._next_checkpoint
-
-    def diverge(checkpoint: Any, fit: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        failed = fit.name == "fold-3" and metrics["epoch"] == 2
-        return next_checkpoint(checkpoint, fit, state, metrics | ({"train/loss": float("inf")} if failed else {}))
-
-    monkeypatch.setattr(experiment.training, "_next_checkpoint", diverge)
+    doomed = seed_of(make_fit(name="fold-3", FOLDS=3), 2)
+    network = network_that(lambda logits: logits * math.nan, doomed)
+    monkeypatch.setattr(main_tutorial, "NeuralNetwork", network)
     with pytest.raises(SystemExit) as stop:
         trial(folds=3, epochs=3).main()
     assert stop.value.code == 1
@@ -245,13 +256,12 @@ def test_a_server_that_goes_away_costs_the_sweep_a_trial_and_nobody_a_result(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    next_checkpoint = experiment.training._next_checkpoint
-
-    def fail(*arguments: Any) -> Any:
+    def with_the_server_gone(logits: Tensor) -> Tensor:
         server.fail()
-        return next_checkpoint(*arguments)
+        return logits
 
-    monkeypatch.setattr(experiment.training, "_next_checkpoint", fail)
+    network = network_that(with_the_server_gone, seed_of(make_fit(name="fold-1"), 1))
+    monkeypatch.setattr(main_tutorial, "NeuralNetwork", network)
     with pytest.raises(SystemExit) as stop:
         trial().main()
     errors = capfd.readouterr().err

@@ -7,15 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import start_python, wait_for
+from conftest import start_python, wait_for, wait_until_idle
 
-from experiment import workers
 from experiment.workers import ThisProcess, WorkerDiedError, WorkerProcesses
 
 # What is sent is defined inside the tests, or is the standard library's: a worker shall not import the tests.
@@ -144,29 +142,41 @@ def test_a_worker_that_is_killed_while_it_computes_costs_its_call_alone(pool: Wo
     assert_the_pool_works(pool, without=killed)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells where a process sleeps")
-def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(
-    pool: WorkerProcesses, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool.submit(os.getpid).result(timeout=30)
-    receive, reading = workers._receive, []
+SENDING = """
+import time
+from experiment.workers import WorkerProcesses
 
-    def receive_late(pipe: Any) -> bytes:
-        reading.append(pipe.peek(1)[:1])  # the answer has begun to arrive
-        wait_until(lambda: killed)
-        return receive(pipe)
+def compute():
+    began = time.process_time()
+    while time.process_time() < began + 1:
+        pass
+    return bytes(10**7)
 
-    killed: list[int] = []
-    monkeypatch.setattr(workers, "_receive", receive_late)
-    future: Future[Any] = pool.submit(lambda: (os.getpid(), bytes(10**7)))
-    wait_until(lambda: reading)
-    wait_until(lambda: any(map(is_sending, psutil.Process().children())))
-    sending = [child for child in psutil.Process().children() if is_sending(child)]
-    sending[0].kill()
-    killed.append(sending[0].pid)
-    assert isinstance(future.exception(timeout=5), WorkerDiedError)
-    monkeypatch.setattr(workers, "_receive", receive)
-    assert_the_pool_works(pool, without=killed[0])
+with WorkerProcesses(2) as pool:
+    futures = [pool.submit(compute) for _ in range(2)]
+    print("computing", flush=True)
+    print(*sorted(type(future.exception()).__name__ for future in futures))
+    print(*[pool.submit(pow, 2, number).result() for number in range(4)])
+"""
+
+
+def stop_while_workers_send(folder: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """Return a parent that is stopped, and one of its workers; both workers have more to send than a pipe takes."""
+    parent = start_python(folder, "-c", SENDING)
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    parent.send_signal(signal.SIGSTOP)
+    workers = psutil.Process(parent.pid).children()
+    wait_until_idle(workers)
+    return parent, workers[0]
+
+
+def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(tmp_path: Path) -> None:
+    parent, worker = stop_while_workers_send(tmp_path)
+    worker.kill()
+    parent.send_signal(signal.SIGCONT)
+    output, errors = parent.communicate(timeout=30)
+    assert (output, errors) == ("NoneType WorkerDiedError\n1 2 4 8\n", "")
 
 
 def test_a_worker_that_is_killed_while_it_takes_a_call_costs_that_call_alone(pool: WorkerProcesses) -> None:
@@ -198,11 +208,6 @@ def test_a_call_that_ends_its_process_costs_itself_alone(pool: WorkerProcesses, 
     assert isinstance(ending.exception(timeout=30), WorkerDiedError)
     assert answer.result(timeout=30) == 1
     assert pool.submit(abs, -1).result(timeout=30) == 1
-
-
-def is_sending(process: psutil.Process) -> bool:
-    """Return whether a thread of the process sleeps in the kernel until there is room in a pipe."""
-    return any("pipe_write" in path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/wchan"))
 
 
 def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: WorkerProcesses) -> None:
@@ -331,23 +336,8 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     parent.communicate(timeout=10)
 
 
-SENDING_TO_NOBODY = """
-import os, time
-from experiment import workers
-pool = workers.WorkerProcesses(1)
-print(pool.submit(os.getpid).result(), flush=True)
-workers._receive = lambda pipe: time.sleep(100)
-pool.submit(bytes, 10**7)
-time.sleep(100)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells where a process sleeps")
 def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_path: Path) -> None:
-    parent = start_python(tmp_path, "-c", SENDING_TO_NOBODY)
-    assert parent.stdout is not None
-    worker = psutil.Process(int(parent.stdout.readline()))
-    wait_for(lambda: is_sending(worker), parent)
+    parent, worker = stop_while_workers_send(tmp_path)
     parent.kill()
     assert not psutil.wait_procs([worker], timeout=5)[1]
     parent.communicate(timeout=10)
