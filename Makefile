@@ -8,7 +8,7 @@ BIN := .venv/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 FASHION_MNIST := data/FashionMNIST/raw/train-images-idx3-ubyte
 
-.PHONY: setup quick train tutorial test test-slow test-all lint data clean
+.PHONY: setup quick train tutorial test test-slow test-all mutants lint data clean
 
 setup: .venv/installed
 
@@ -28,6 +28,9 @@ test-slow: .venv/installed-dev data
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-all: test test-slow
+
+mutants: .venv/installed-dev data
+	nice -n 10 $(BIN)/python tests/mutants.py $(ROOMS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -59,4 +62,4 @@ data:
 	fi
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .mutants .pytest_cache .ruff_cache

@@ -2,13 +2,18 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import IPython
+import IPython.display
 import pytest
 from conftest import Start, all_fits
 from hand_made import HISTORIES, make_hand_made_result
@@ -31,7 +36,7 @@ from experiment.results import ExperimentResult
 FITS = ("final", "fold-1", "fold-2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def result() -> ExperimentResult:
     return make_hand_made_result()
 
@@ -220,6 +225,7 @@ class GoneTerminal(Terminal):
 def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
     with contextlib.redirect_stderr(GoneTerminal()) as gone, begin() as progress:
         gone.is_gone = True
+        time.sleep(0.2)  # the bar is drawn ten times a second at most
         progress.step("final", HISTORIES["final"][0])
     assert progress.histories["final"] == HISTORIES["final"][:1]
 
@@ -243,6 +249,14 @@ def test_what_is_said_goes_to_standard_output_and_what_is_warned_of_to_standard_
     captured = capsys.readouterr()
     assert getattr(captured, stream) == "a line\n"
     assert captured.out + captured.err == "a line\n"
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, contextlib.redirect_stdout(stream):
+        say("nobody reads this")
+        say("nor this")
 
 
 def test_a_sentence_is_broken_at_80_columns_but_no_word_is() -> None:
@@ -330,9 +344,27 @@ def test_a_class_named_by_a_digit_is_not_taken_for_a_figure() -> None:
 # Notebooks (`test_notebook.py` has a real one)
 
 
-def test_outside_a_notebook_no_picture_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    shell_without_kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace())
-    not_running = SimpleNamespace(get_ipython=lambda: None)
-    for ipython in (None, not_running, shell_without_kernel):
-        monkeypatch.setitem(sys.modules, "IPython", ipython)
-        show_pictures(iter(()))  # asks for none; with a kernel it would import IPython's display, which is not here
+def show(monkeypatch: pytest.MonkeyPatch, shell: object, *paths: Path) -> list[bytes]:
+    """Return the pictures that IPython is told to display where `shell` is what runs."""
+    shown: list[bytes] = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    monkeypatch.setattr(IPython.display, "display", lambda picture: shown.append(picture.data))
+    show_pictures(paths)
+    return shown
+
+
+def test_in_a_notebook_pictures_are_shown_and_in_a_terminal_they_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
+    for path in pictures:
+        path.write_bytes(path.stem.encode())
+    notebook, terminal = SimpleNamespace(kernel="a kernel"), SimpleNamespace()
+    assert show(monkeypatch, notebook, *pictures) == [b"one", b"two"]
+    assert show(monkeypatch, terminal, *pictures) == []
+    assert show(monkeypatch, None, *pictures) == []
+
+
+def test_where_ipython_was_never_imported_it_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    show_pictures([tmp_path / "none.png"])

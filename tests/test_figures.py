@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def result() -> ExperimentResult:
     return make_hand_made_result()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def figures(result: ExperimentResult) -> dict[str, "Figure"]:
     return make_figures(result)
 

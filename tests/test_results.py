@@ -26,12 +26,12 @@ from experiment.results import ExperimentResult, FitResult
 CLASSES = ["Coat", "Shirt", "Bag"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def result() -> ExperimentResult:
     return make_hand_made_result()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def final(result: ExperimentResult) -> FitResult:
     assert result.final is not None
     return result.final

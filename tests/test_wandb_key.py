@@ -32,7 +32,7 @@ def test_a_refused_key_is_a_configuration_error_that_names_its_source(
     output = "".join(capfd.readouterr())
     assert stop.value.code == 2
     assert "environment variable WANDB_API_KEY" in output and "f" * 40 not in output
-    assert "epoch" not in output and not (tmp_path / "runs").exists()
+    assert "train loss" not in output and not (tmp_path / "runs").exists()
 
 
 def test_a_server_that_answers_200_and_knows_no_viewer_refuses_the_key(

@@ -179,9 +179,9 @@ def test_a_trial_that_cannot_be_is_a_configuration_error(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         trial(**parameters).main()
-    output = "".join(capfd.readouterr())
+    errors = capfd.readouterr().err
     assert stop.value.code == 2
-    assert all(text in output for text in says) and len(output.splitlines()) == 1 + len(parameters)
+    assert all(text in errors for text in says) and len(errors.splitlines()) == 1 + len(parameters)
     assert not (tmp_path / "runs").exists()
 
 
@@ -205,9 +205,9 @@ def test_a_trial_without_a_server_ends_before_it_starts(
         server.fail()
     with pytest.raises(SystemExit) as stop:
         trial().main()
-    output = "".join(capfd.readouterr())
+    errors = capfd.readouterr().err
     assert stop.value.code == status
-    assert says in output and len(output.splitlines()) == (1 if status == 1 else 2)
+    assert says in errors and len(errors.splitlines()) == (1 if status == 1 else 2)
     assert not (tmp_path / "runs").exists()
 
 
