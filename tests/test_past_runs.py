@@ -60,7 +60,7 @@ def test_a_run_that_is_just_ending_is_read_from_what_it_will_write(tmp_path: Pat
 
 
 def test_a_run_that_is_just_ending_and_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="^[^\n]*cannot be compared: lacks folds[^\n]*$"):
+    with pytest.raises(ConfigurationError, match=f"^[^\n]*{tmp_path.name} cannot be compared: lacks folds[^\n]*$"):
         as_run(tmp_path, {}, make_identity())
 
 
@@ -151,7 +151,7 @@ def test_the_folder_of_the_runs_is_read_from_both_scripts(monkeypatch: pytest.Mo
     assert default_runs_dirs() == [Path("/here"), Path("/there")]
 
 
-@pytest.mark.parametrize("text", ["import os\nRUNS_DIR = os.environ['RUNS']\n", "", "RUNS_DIR = \n"])
+@pytest.mark.parametrize("text", ["import os\nRUNS_DIR = os.environ['RUNS']\n", "RUNS_DIR = 5\n", "", "RUNS_DIR = \n"])
 def test_a_script_that_does_not_say_its_folder_plainly_is_named(
     text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -159,6 +159,13 @@ def test_a_script_that_does_not_say_its_folder_plainly_is_named(
     (tmp_path / "main_cnn.py").write_text(text)
     with pytest.raises(ConfigurationError, match="^main_cnn.py "):
         default_runs_dirs()
+
+
+def test_without_scripts_the_runs_lie_where_the_scripts_have_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(experiment.past_runs, "PROJECT_DIR", tmp_path)
+    assert default_runs_dirs() == [tmp_path / "runs"]
 
 
 def test_the_scripts_of_this_repository_say_where_their_runs_lie() -> None:
@@ -249,6 +256,7 @@ def test_a_layer_that_was_removed_is_one_difference(tmp_path: Path) -> None:
         ),
         ("Conv2d(1, 2, bias=False)", "Conv2d(1, 2)", "Conv2d(1, 2, − bias=False)"),
         ("Conv2d(1, 2)", "Conv2d(1, 2, bias=False)", "Conv2d(1, 2, + bias=False)"),
+        ("Own(1, when=a=b)", "Own(1, when=a=c)", "Own(1, when=a=b → a=c)"),
         ("(own): Linear(1, 2)", "(own): Linear(1, 3)", "(own): Linear(1, 2 → 3)"),
         (
             "MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1)",
