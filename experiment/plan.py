@@ -16,7 +16,7 @@ from torch import nn
 
 from data_utils import Dataset
 from experiment.errors import ConfigurationError
-from experiment.settings import TrainingConfig, device_is_here
+from experiment.settings import HYPERPARAMETERS, TrainingConfig, device_is_here
 from train_utils import Fit
 
 
@@ -163,6 +163,27 @@ def digest_of_images(fits: list[Fit]) -> str:
     for fit in fits:
         sha.update(fit.name.encode() + (fit.held_out_mask or b""))
     return sha.hexdigest()
+
+
+def identity_of(plan: Plan, config: TrainingConfig, fits: list[Fit]) -> dict[str, Any]:
+    """Return all that a run's results depend on but the network, for config.json."""
+    return {name: getattr(config, name) for name in HYPERPARAMETERS} | {
+        "device": plan.device,
+        "precision": plan.precision,
+        "threads": plan.threads,
+        "torch": str(torch.__version__),
+        "images": digest_of_images(fits),
+    }
+
+
+def sentence_on(plan: Plan, config: TrainingConfig, network_name: str, weights: int) -> str:
+    """Return what will be trained, in a sentence."""
+    at_a_time = f"by {plan.executor}" if plan.executor else f"{plan.workers} at a time"
+    epochs = "epoch" if config.epochs == 1 else "epochs"
+    return (
+        f"{network_name}, {weights:,} weights, on {config.dataset}: {config.folds} folds and a final fit, "
+        f"{config.epochs} {epochs} each, on {plan.device} in {plan.precision}, {at_a_time}."
+    )
 
 
 def describe_machine(plan: Plan) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Any
 
-import torch
 from torch import nn
 
 from data_utils import load_dataset, path_of, pixel_statistics
@@ -13,10 +13,10 @@ from experiment.console import final_text, folds_text, say, show_pictures, time_
 from experiment.errors import RunError, beside_the_run
 from experiment.figures import draw_figures, png_of, report_text
 from experiment.network import Network, check_trial, start_trial, try_network
-from experiment.plan import Plan, describe_machine, digest_of_images, make_fits, make_plan
+from experiment.plan import describe_machine, identity_of, make_fits, make_plan, sentence_on
 from experiment.results import ExperimentResult, make_result
 from experiment.run_directory import RunDirectory, path_from_here, tensors_as_bytes
-from experiment.settings import HYPERPARAMETERS, TrainingConfig
+from experiment.settings import TrainingConfig
 from experiment.training import open_pool, train_all
 from experiment.wandb_key import choose_mode
 from experiment.wandb_runs import WandbRuns
@@ -55,7 +55,7 @@ def run_experiment(
     sweep = take_sweep()
     plan = make_plan(config, executor)
     network = try_network(model_class, plan)
-    say(what_is_trained(network, config, plan))
+    say(wrap(sentence_on(plan, config, network.name, network.weights)))
 
     with open_pool(plan, executor) as pool:
         trial = start_trial(network, plan, pool)  # which goes on while this process reads and imports
@@ -65,7 +65,7 @@ def run_experiment(
         check_trial(network, trial)
 
         environment = describe_machine(plan)
-        identity = identify(config, plan, network, digest_of_images(fits))
+        identity = identity_of(plan, config, fits) | {"network": network.to_dict()}
         mean, std = pixel_statistics(dataset.train_images)
         pictures = {"mean": mean, "std": std, "class_names": dataset.class_names}  # what `experiment.classify` needs
         asked = config.to_dict() | {"pictures": pictures}
@@ -97,32 +97,10 @@ def run_experiment(
     return result
 
 
-def what_is_trained(network: Network, config: TrainingConfig, plan: Plan) -> str:
-    """Return what will happen, in a sentence."""
-    at_a_time = f"by {plan.executor}" if plan.executor else f"{plan.workers} at a time"
-    epochs = "epoch" if config.epochs == 1 else "epochs"
-    return wrap(
-        f"{network.name}, {network.weights:,} weights, on {config.dataset}: {config.folds} folds and a final fit, "
-        f"{config.epochs} {epochs} each, on {plan.device} in {plan.precision}, {at_a_time}."
-    )
-
-
-def identify(config: TrainingConfig, plan: Plan, network: Network, images: str) -> dict[str, object]:
-    """Return all that a run's results depend on, for config.json; `images` is a digest of the folds."""
-    return {name: getattr(config, name) for name in HYPERPARAMETERS} | {
-        "device": plan.device,
-        "precision": plan.precision,
-        "threads": plan.threads,
-        "torch": str(torch.__version__),
-        "images": images,
-        "network": network.to_dict(),
-    }
-
-
 def publish(
     result: ExperimentResult,
     network: Network,
-    identity: dict[str, object],
+    identity: dict[str, Any],
     folder: RunDirectory,
     runs: WandbRuns,
 ) -> None:
