@@ -11,6 +11,7 @@ from synthetic_runs import BASE, BETTER, PRINTED, make_identity, make_results, m
 import experiment.past_runs
 from experiment.errors import ConfigurationError
 from experiment.past_runs import (
+    LONG,
     as_run,
     comparable,
     default_runs_dirs,
@@ -23,6 +24,7 @@ from experiment.past_runs import (
     same_answers,
     why_not_comparable,
 )
+from experiment.run_directory import path_from_here
 
 DAMAGED = ["", "{", "[]", "null", "7", '"folds"', "{}", '{"folds": 3}', '{"folds": [{}, 1]}', "[" * 10**5, "\0"]
 DROPOUT = PRINTED.replace("    (2)", "    (2): Dropout(p=0.5, inplace=False)\n    (3)")
@@ -256,6 +258,8 @@ def test_a_layer_that_was_removed_is_one_difference(tmp_path: Path) -> None:
         ),
         ("Conv2d(1, 2, bias=False)", "Conv2d(1, 2)", "Conv2d(1, 2, − bias=False)"),
         ("Conv2d(1, 2)", "Conv2d(1, 2, bias=False)", "Conv2d(1, 2, + bias=False)"),
+        ("Linear(3, 4)", "Linear(3)", "Linear(3, 4) → Linear(3)"),
+        ("Own(1, a=1, b=2, c=3)", "Own(1, a=1, b=2, c=4)", "Own(1, c=3 → 4)"),
         ("Own(1, when=a=b)", "Own(1, when=a=c)", "Own(1, when=a=b → a=c)"),
         ("(own): Linear(1, 2)", "(own): Linear(1, 3)", "(own): Linear(1, 2 → 3)"),
         (
@@ -270,6 +274,25 @@ def test_a_layer_that_was_replaced_is_one_difference_and_shows_what_became_anoth
 ) -> None:
     network = {"printed": PRINTED.replace("ReLU()", new)}
     assert differ(tmp_path, {"printed": PRINTED.replace("ReLU()", old)}, network=network) == [("layer", text)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shown"),
+    [
+        (f"Own({'n' * (LONG - 5)}, 2, 3)", f"Own({'n' * (LONG - 5)}, 2, …)"),
+        (f"Own({'n' * LONG}, 2)", f"Own({'n' * LONG}, 2)"),  # longer, with nothing to leave out
+        (f"Own({'a, ' * LONG}z)", "Own(a, a, …)"),
+    ],
+)
+def test_a_layer_that_is_too_long_is_shown_with_its_first_two_arguments(layer: str, shown: str, tmp_path: Path) -> None:
+    network = {"printed": PRINTED.replace("ReLU()", layer)}
+    assert differ(tmp_path, network=network) == [("layer", f"ReLU() → {shown}")]
+
+
+def test_a_layer_of_exactly_the_greatest_length_is_shown_whole(tmp_path: Path) -> None:
+    layer = f"{'O' * (LONG - len('(1, 2, 3)'))}(1, 2, 3)"
+    network = {"printed": PRINTED.replace("ReLU()", layer)}
+    assert differ(tmp_path, network=network) == [("layer", f"ReLU() → {layer}")]
 
 
 def test_another_class_of_network_is_told_as_one_difference(tmp_path: Path) -> None:
@@ -294,8 +317,8 @@ def test_answers_are_the_same_to_a_thousandth_of_the_largest(other: list[float],
     ("other", "reason"),
     [
         ({"dataset": "KMNIST"}, "other DATASET (KMNIST, not FashionMNIST), so other images in each fold"),
-        ({"folds": 10}, "other FOLDS (10, not 5)"),
-        ({"rng_seed": 1}, "other RNG_SEED (1, not 314)"),
+        ({"folds": 10}, "other FOLDS (10, not 5), so other images in each fold"),
+        ({"rng_seed": 1}, "other RNG_SEED (1, not 314), so other images in each fold"),
         ({}, "other images in each fold: the data set on disk was another one"),
     ],
 )
@@ -303,12 +326,19 @@ def test_runs_whose_folds_are_other_images_are_not_comparable_and_say_why(
     other: dict[str, Any], reason: str, before: Path, tmp_path: Path
 ) -> None:
     run = read_run(make_run(tmp_path / "after", images="77", **other))
-    assert reason in str(why_not_comparable(read_run(before), run)) and not comparable(read_run(before), run)
+    told = f"{path_from_here(run.path)} cannot be compared with {path_from_here(before)}: {reason}."
+    assert why_not_comparable(read_run(before), run) == told and not comparable(read_run(before), run)
 
 
 def test_runs_with_one_fold_in_common_are_not_comparable(before: Path, tmp_path: Path) -> None:
     after = read_run(make_run(tmp_path / "after", [0.9, *[np.nan] * 4]))
-    assert "fewer than two folds" in str(why_not_comparable(read_run(before), after))
+    told = str(why_not_comparable(read_run(before), after))
+    assert told.endswith(": fewer than two folds have a result in both.")
+
+
+def test_runs_with_two_folds_in_common_are_comparable(before: Path, tmp_path: Path) -> None:
+    after = read_run(make_run(tmp_path / "after", [0.9, *[np.nan] * 3, 0.9]))
+    assert why_not_comparable(read_run(before), after) is None
 
 
 def nearest_of(tmp_path: Path, now: dict[str, Any], *others: dict[str, Any]) -> str | None:
