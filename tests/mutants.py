@@ -48,12 +48,13 @@ def main() -> None:
         copy_to(COPIES / room, room)
         run_mutmut(COPIES / room)
         lines.append(score_of(COPIES / room, room))
-        print(
-            "\n".join(
-                ["| room | faults | noticed | share | by a time-out |", "| --- | --- | --- | --- | --- |", *lines]
-            ),
-            flush=True,
-        )
+        print_table(lines)
+
+
+def print_table(rows: list[str]) -> None:
+    """Print the table of the rooms that are done."""
+    headings = ["| room | faults | noticed | share | by a time-out |", "| --- | --- | --- | --- | --- |"]
+    print("\n".join(headings + rows), flush=True)
 
 
 def copy_to(folder: Path, room: str) -> None:
@@ -108,9 +109,8 @@ def score_of(folder: Path, room: str) -> str:
     counts = json.loads((folder / "mutants" / "mutmut-cicd-stats.json").read_text())
     missed = counts["survived"] + counts["no_tests"]
     faults = counts["total"] - counts["skipped"]
-    return (
-        f"| `{room}` | {faults} | {faults - missed} | {100 * (faults - missed) / faults:.1f} % | {counts['timeout']} |"
-    )
+    noticed = faults - missed
+    return f"| `{room}` | {faults} | {noticed} | {100 * noticed / faults:.1f} % | {counts['timeout']} |"
 
 
 if __name__ == "__main__":
