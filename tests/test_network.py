@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -201,6 +202,16 @@ class Misbehaving(NeuralNetwork):
         return super().forward(images)
 
 
+class SlowlyMisbehaving(Misbehaving):
+    """Takes its time before it fails, so that nobody can have computed much meanwhile."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, or raise."""
+        if len(images) > 8:
+            time.sleep(1)
+        return super().forward(images)
+
+
 class Leaving(NeuralNetwork):
     """Ends its process in training."""
 
@@ -252,7 +263,7 @@ def test_after_an_error_the_epochs_that_wait_in_an_executor_are_cancelled(config
             return futures[-1]
 
     with Recording(1) as executor, pytest.raises(OSError, match="as planned"):
-        configure(main_tutorial, NeuralNetwork=Misbehaving, FOLDS=5).main(executor=executor)
+        configure(main_tutorial, NeuralNetwork=SlowlyMisbehaving, FOLDS=5).main(executor=executor)
     assert len(futures) == 1 + 6  # the trial, and a first epoch of each fit
     assert sum(future.cancelled() for future in futures) >= 4
 
