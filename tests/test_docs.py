@@ -225,8 +225,9 @@ def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
     assert not re.search("@@|TODO|TBD", page.read_text())
 
 
-def test_the_readme_is_read_in_one_sitting() -> None:
-    assert len(PAGES[0].read_text().splitlines()) <= 200
+def test_readme_and_tutorial_are_each_read_in_one_sitting() -> None:
+    assert len(PAGES[0].read_text().splitlines()) <= 180
+    assert len((REPOSITORY / "docs" / "tutorial.md").read_text().splitlines()) <= 280
 
 
 @pytest.mark.parametrize(
