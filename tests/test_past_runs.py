@@ -1,6 +1,7 @@
 """Finished runs read back, which of them are comparable, and in what they differ."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json"])
-@pytest.mark.parametrize("content", [content for content in DAMAGED if content != "{}"], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "content", [content for content in DAMAGED if content != "{}"], ids=lambda text: re.sub(r"\W+", "-", text[:8])
+)
 def test_a_damaged_file_is_named_in_one_line(name: str, content: str, before: Path) -> None:
     (before / name).write_text(content)
     with pytest.raises(ConfigurationError, match=f"^[^\n]*before cannot be compared: {name} [^\n]*$"):
@@ -98,7 +101,7 @@ def test_a_folder_in_a_files_place_is_named(before: Path) -> None:
         read_run(before)
 
 
-@pytest.mark.parametrize("figure", ["NaN", "Infinity", "1e400", '"high"'])
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "1e400", '"high"'], ids=["nan", "infinity", "1e400", "text"])
 def test_a_figure_that_is_not_finite_is_damage(figure: str, before: Path) -> None:
     results = (before / "results.json").read_text()
     (before / "results.json").write_text(results.replace(str(BASE[0]), figure, 1))
@@ -216,9 +219,20 @@ def test_of_very_many_names_only_some_are_listed(tmp_path: Path) -> None:
         find_run("run", tmp_path)
 
 
-def test_a_name_that_none_has_is_refused(before: Path) -> None:
-    with pytest.raises(ConfigurationError, match="it is part of: nothing$"):
-        find_run("nowhere", before.parent)
+def test_ten_names_are_all_listed(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"run-{number}").mkdir()
+    with pytest.raises(ConfigurationError, match="\n    run-8\n    run-9$"):
+        find_run("run", tmp_path)
+
+
+def test_a_name_that_none_has_is_refused_with_the_folders_that_were_looked_through(
+    before: Path, tmp_path: Path
+) -> None:
+    where = f"{path_from_here(before.parent)} and {path_from_here(tmp_path / 'more')}"
+    with pytest.raises(ConfigurationError) as refusal:
+        find_run("nowhere", before.parent, tmp_path / "more")
+    assert str(refusal.value) == f"nowhere must name one run, but in {where} it is part of: nothing"
 
 
 def test_two_runs_of_the_same_settings_do_not_differ(tmp_path: Path) -> None:
@@ -375,6 +389,11 @@ def test_two_layers_less_are_nearer_than_another_class_of_network(tmp_path: Path
     other = {"name": "Wide", "printed": "Wide(\n  (a): Linear(1, 2)\n  (b): Linear(2, 3)\n  (c): Linear(3, 4)\n)"}
     shorter = {"printed": PRINTED.replace("    (1): ReLU()\n", "").replace("out_features=10", "out_features=11")}
     assert nearest_of(tmp_path, {"network": shorter}, {}, {"network": other}) == "0"
+
+
+def test_another_class_with_the_same_layers_is_nearer_than_two_other_settings(tmp_path: Path) -> None:
+    renamed, two_settings = {"network": {"name": "Other"}}, {"mirror": True, "epochs": 3}
+    assert nearest_of(tmp_path, {}, renamed, two_settings) == "0"
 
 
 def test_another_version_of_torch_is_a_difference_like_any_other(tmp_path: Path) -> None:
