@@ -66,7 +66,7 @@ def user_errors() -> Iterator[None]:
             number = interrupt.args[0] if interrupt.args else signal.SIGINT
             _fail(128 + int(number), f"Stopped by {signal.Signals(number).name}.")
         except Exception as error:
-            if not _is_stop_of_an_agent(error):
+            if not is_stop_of_an_agent(error):
                 raise
             print("Stopped by W&B's agent.", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -86,7 +86,7 @@ def _is_notebook() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def _is_stop_of_an_agent(error: Exception) -> bool:
+def is_stop_of_an_agent(error: Exception) -> bool:
     """Return whether it is the bare exception that an agent of W&B's puts into the thread that it started."""
     return type(error) is Exception and not error.args and "wandb.agents.pyagent" in sys.modules
 
@@ -151,6 +151,8 @@ def beside_the_run(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_stop_of_an_agent(error):
+            raise
         with suppress(OSError):
             print(f"Without {what}: {type(error).__name__}: {error}", file=sys.stderr)
 

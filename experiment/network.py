@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.console import warn
-from experiment.errors import ConfigurationError, RunError, end_traceback_outside
+from experiment.errors import ConfigurationError, RunError, end_traceback_outside, is_stop_of_an_agent
 from experiment.plan import Plan
 from train_utils import (
     Failure,
@@ -229,6 +229,8 @@ def submit(pool: Executor, function: Callable[..., Any], *arguments: Any) -> Fut
     try:
         return pool.submit(function, *arguments)
     except Exception as error:
+        if is_stop_of_an_agent(error):
+            raise
         raise RunError(f"{type(pool).__name__} takes no more work: {error}") from None
 
 

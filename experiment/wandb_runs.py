@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.console import say, warn
+from experiment.errors import is_stop_of_an_agent
 from experiment.results import ExperimentResult, FitResult
 from experiment.run_directory import RunDirectory, path_from_here
 from experiment.wandb_key import ask_server, server_url
@@ -137,6 +138,8 @@ class WandbRuns:
                 log()
                 return
             except Exception as error:  # of whatever type: for one, what the system's file operations raise
+                if is_stop_of_an_agent(error):
+                    raise
                 self._go_down(error)
 
     def _go_down(self, error: Exception) -> None:

@@ -144,7 +144,7 @@ def needing(what: Any) -> type[nn.Module]:
 def test_what_cannot_be_sent_ends_with_one_line_and_status_2_before_anything_starts(
     kind: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open(os.devnull) as file, pytest.raises(SystemExit) as stop:
+    with open(os.devnull, "w") as file, pytest.raises(SystemExit) as stop:
         network = needing(threading.Lock() if kind == "a lock" else file)
         configure(main_tutorial, NeuralNetwork=network, WORKERS=2, WANDB_MODE="offline").main()
     output, errors = capsys.readouterr()

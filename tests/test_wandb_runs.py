@@ -221,7 +221,7 @@ def test_after_a_resume_every_run_has_one_whole_history(
     assert KEY not in "".join(process.communicate(timeout=30))
     saved = saved_epochs(tmp_path / "runs")
     sent = sum(len(run["history"]) for run in server.runs.values())
-    assert saved > 20
+    assert saved >= 20  # ten of each fold; the final fit may still be in its first, where a worker was slow to start
     everything = sent >= saved - 1  # the signal may come after an epoch was saved and before it is logged
     assert everything == (mode == "online" and number == signal.SIGINT), f"{sent} of {saved} epochs"
     result = configure(main_tutorial, **settings).main()
