@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_utils import Batches
 from experiment.console import display_name, say, warn
 from experiment.errors import ConfigurationError, user_errors
+from experiment.network import is_still
 from experiment.past_runs import default_runs_dirs, find_run, read_runs
 from experiment.run_directory import path_from_here
 from train_utils import EVALUATION_BATCH_SIZE, build_network, test_loop
@@ -80,7 +81,8 @@ def load_trained(run_dir: Path, network: str | None = None) -> TrainedNetwork:
         raise ConfigurationError(f"{where} has no model.pt: its final fit diverged, or the file was deleted")
     try:
         config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        name, pictures = config["identity"]["network"]["name"], config["pictures"]
+        trained, pictures, mirror = config["identity"]["network"], config["pictures"], config["mirror"]
+        name, mean, std, class_names = trained["name"], pictures["mean"], pictures["std"], pictures["class_names"]
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigurationError(f"{where}: config.json is damaged, or of an older version of this program") from None
     model_class = _class_of_models(name) if network is None else _class_of_file(network)
@@ -93,7 +95,12 @@ def load_trained(run_dir: Path, network: str | None = None) -> TrainedNetwork:
             f"the weights in {where} do not fit {name} as it is now ({reason}). Name the class that was trained, as in "
             "--network file.py:Class"
         ) from None
-    return TrainedNetwork(built, pictures["mean"], pictures["std"], config["mirror"], pictures["class_names"])
+    if not is_still(trained, model_class):
+        raise ConfigurationError(
+            f"{name} is another network by now than the one that was trained in {where}, though the weights fit: undo "
+            "what was edited, or name the class that was trained, as in --network file.py:Class"
+        )
+    return TrainedNetwork(built, mean, std, mirror, class_names)
 
 
 def _class_of_models(name: str) -> Callable[[], nn.Module]:

@@ -41,8 +41,9 @@ class Progress:
         total = epochs * len(self.histories)
         self._bar = tqdm(total=total, disable=hidden, dynamic_ncols=True, smoothing=0, bar_format=BAR)
 
-    def begin(self, histories: dict[str, History]) -> None:
-        """Begin the table, with the epochs that an earlier attempt has done."""
+    def begin(self, histories: dict[str, History], diverged: Iterable[str] = ()) -> None:
+        """Begin the table, with the epochs that an earlier attempt has done, and the fits that diverged in it."""
+        self._diverged = set(diverged)
         say(f"\nMeans over the {len(histories) - 1} folds, ± their standard deviation:\n")
         say("│".join(HEADINGS).rstrip())
         say("┼".join("─" * len(heading) for heading in HEADINGS))

@@ -247,12 +247,13 @@ def _command_that_repeats(result: ExperimentResult, network_name: str) -> str:
 
 
 def _script_of(network_name: str) -> str:
-    """Return the script that is running or, where none is, the one that trains the network of that name."""
+    """Return the script that is running; else the one that trains the network of that name; else the first."""
     running = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
     if running in SCRIPTS:
         return running
     for script in SCRIPTS:
-        if f"import {network_name}\n" in (PROJECT_DIR / script).read_text(encoding="utf-8"):
+        path = PROJECT_DIR / script
+        if path.is_file() and f"import {network_name}\n" in path.read_text(encoding="utf-8", errors="replace"):
             return script
     return SCRIPTS[0]
 

@@ -105,6 +105,17 @@ def same_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[key] == other[key] for key in structure) and same_answers(one["answers"], other["answers"])
 
 
+def is_still(trained: dict[str, Any], model_class: Callable[[], nn.Module]) -> bool:
+    """Return whether a class builds the network that was trained, as `Network.to_dict` has it, and no edited one.
+
+    It may have another name. Where it answers otherwise each time that it is built, its structure alone counts.
+    """
+    structure = _printed(build_network(model_class, CPU)).partition("(")[2]
+    answers, again = _answers_of(model_class), _answers_of(model_class)
+    answers_alike = same_answers(trained["answers"], answers) or not same_answers(answers, again)
+    return trained["printed"].partition("(")[2] == structure and answers_alike
+
+
 def same_answers(one: list[float], other: list[float]) -> bool:
     """Return whether two networks answer alike, to a part in a thousand of the largest answer."""
     if len(one) != len(other):
@@ -244,7 +255,7 @@ def _examine(model_class: Callable[[], nn.Module], device_name: str, precision_n
         network = build_network(model_class, device)
         weights = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         found = {"name": type(network).__name__, "weights": weights, "answers": [], "doubts": []}
-        found["printed"] = re.sub(r" at 0x[0-9a-fA-F]+", "", str(network))
+        found["printed"] = _printed(network)
         found["problem"] = _train_once(network, device, precision)
         if found["problem"] is None:
             found["problem"] = _same_twice(model_class)
@@ -254,6 +265,11 @@ def _examine(model_class: Callable[[], nn.Module], device_name: str, precision_n
             found["doubts"] = _doubts_about(network, model_class, device, precision)
             found["answers"] = _answers_of(model_class)
     return found
+
+
+def _printed(network: nn.Module) -> str:
+    """Return the structure of a network as PyTorch prints it, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(network))
 
 
 def _train_once(network: nn.Module, device: torch.device, precision: torch.dtype) -> str | None:

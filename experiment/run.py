@@ -116,7 +116,11 @@ def publish(
             figures["compare.png"] = png_of(nearest.figure())
     for file, content in figures.items():
         folder.save(file, content)
-    folder.save("report.md", report_text(result, network.to_dict(), comparison, list(figures)).encode())
+    report = ""
+    with beside_the_run("report.md"):
+        report = report_text(result, network.to_dict(), comparison, list(figures))
+    if report:
+        folder.save("report.md", report.encode(errors="replace"))
 
     say(f"\n{folds_text(result)}")
     if result.final:
@@ -126,8 +130,8 @@ def publish(
     command = runs.upload_command()
     if command:
         say(f"\nW&B: upload the runs with\n  {command}")
-    report = path_from_here(folder.path / "report.md")
-    say(f"\nReport, with pictures: {report}")
+    say(f"\nReport, with pictures: {path_from_here(folder.path / 'report.md')}")
     if comparison:
         say(f"\n{comparison}")
-    show_pictures(folder.path / file for file in figures)
+    with beside_the_run("the pictures under the cell"):
+        show_pictures(folder.path / file for file in figures)

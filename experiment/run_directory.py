@@ -185,11 +185,10 @@ class RunDirectory:
         if exception_type is None:
             return
         where = path_from_here(self.path)
-        saved = [name for name in self._checkpoints if (self.path / f"{name}.pt").exists()]
-        if saved:
+        if list(self.path.glob("f*.pt")):  # of folds or of the final fit
             warn(f"Every finished epoch is in {where}: the same command, with RESUME = True, goes on.")
         else:
-            warn("Not one epoch is saved: the same command starts anew.")
+            warn("Not one epoch is saved: the same command starts from the beginning.")
 
 
 def path_from_here(path: Path) -> str:

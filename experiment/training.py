@@ -63,7 +63,8 @@ def train_all(
     say(f"Watch it learn: learning_curves.png grows in\n  {path_from_here(folder.path)}")
     curves = GrowingCurves(folder.save)
     with Progress([fit.name for fit in fits], fits[0].epochs) as progress:
-        progress.begin({name: checkpoint["history"] for name, checkpoint in checkpoints.items()})
+        diverged = [name for name, checkpoint in checkpoints.items() if checkpoint["failure"]]
+        progress.begin({name: checkpoint["history"] for name, checkpoint in checkpoints.items()}, diverged)
         try:
             while waiting or running:
                 while waiting and len(running) < _most_at_once(plan, fits):

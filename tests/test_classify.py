@@ -194,6 +194,13 @@ def test_a_network_that_the_weights_do_not_fit_is_one_line(run_dir: Path) -> Non
         load_trained(run_dir)
 
 
+def test_a_network_that_was_edited_so_that_the_weights_still_fit_is_one_line(run_dir: Path, tmp_path: Path) -> None:
+    edited = "def forward(self, images): return -super().forward(images)"
+    (tmp_path / "edited.py").write_text(OWN.replace("pass", edited))
+    with pytest.raises(ConfigurationError, match="is another network by now"):
+        load_trained(run_dir, f"{tmp_path / 'edited.py'}:Own")
+
+
 def test_a_run_without_a_final_network_is_one_line(run_dir: Path) -> None:
     (run_dir / "model.pt").unlink()
     with pytest.raises(ConfigurationError, match=r"has no model\.pt"):

@@ -126,6 +126,13 @@ def test_only_the_first_row_is_followed_by_how_long_the_rest_will_take(
     ]
 
 
+def test_a_fold_that_diverged_before_the_run_was_cut_off_holds_no_row_up(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(FITS, 2)
+    progress.begin({"final": [], "fold-1": HISTORIES["fold-1"][:1], "fold-2": []}, diverged=["fold-2"])
+    assert progress.step("fold-1", HISTORIES["fold-1"][1]) is True
+    assert [row.split()[0] for row in table_rows(capsys)] == ["1", "2"]
+
+
 def test_the_final_fit_makes_no_row(capsys: pytest.CaptureFixture[str]) -> None:
     progress = begin()
     assert progress.step("final", HISTORIES["final"][0]) is False

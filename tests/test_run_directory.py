@@ -178,7 +178,18 @@ def test_a_folder_that_is_deleted_while_the_run_is_on_is_made_again_with_all_tha
 
 def test_where_not_one_epoch_was_done_nothing_else_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory(tmp_path, unlike(NETWORK)).__exit__(KeyboardInterrupt, None, None)
-    assert capsys.readouterr().err == "Not one epoch is saved: the same command starts anew.\n"
+    assert capsys.readouterr().err == "Not one epoch is saved: the same command starts from the beginning.\n"
+
+
+def test_a_run_that_is_cut_off_again_before_its_first_epoch_says_what_an_earlier_attempt_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = directory(tmp_path, unlike(NETWORK))
+    first.save_checkpoint("fold-1", {"history": [1]})
+    first.__exit__(KeyboardInterrupt, None, None)
+    again = directory(tmp_path, unlike(NETWORK))
+    again.__exit__(KeyboardInterrupt, None, None)
+    assert capsys.readouterr().err.count("Every finished epoch is in") == 2
 
 
 def test_a_folder_that_cannot_be_made_ends_with_one_line(tmp_path: Path) -> None:
