@@ -269,7 +269,7 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SendsHalf) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         with pytest.raises(DatasetError, match="nothing arrived for 1 seconds"):
             load_dataset("FashionMNIST", tmp_path / "data")
@@ -352,7 +352,7 @@ def file_server(tmp_path: Path) -> Iterator[str]:
     folder.mkdir()
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 

@@ -99,7 +99,7 @@ import main_cnn, main_tutorial, experiment.compare
 assert signals == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 assert before == (sys.excepthook, sys.stdin, sys.stdout, sys.stderr, logging.root.level, logging.root.handlers)
 assert logging.getLogger("matplotlib").level == logging.NOTSET
-print(*({"wandb", "sklearn", "scipy", "matplotlib", "torchvision"} & set(sys.modules)))
+print(*({"wandb", "sklearn", "scipy", "matplotlib", "torchvision", "dask", "distributed"} & set(sys.modules)))
 """
 
 

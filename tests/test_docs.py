@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
@@ -48,7 +49,7 @@ def python_blocks(page: Path) -> list[str]:
     return [block for kind, block in BLOCK.findall(page.read_text()) if kind == "python"]
 
 
-def found(search: Callable[[Path], Iterable[str]]) -> list[object]:
+def found(search: Callable[[Path], Iterable[str]]) -> list[Any]:
     """Return a test's parameters: what a search finds on each page, once."""
     items = [(page, item) for page in PAGES for item in dict.fromkeys(search(page))]
     assert items
@@ -168,7 +169,16 @@ def options(page: Path) -> Iterator[str]:
                     yield f"{match[1] or OWNERS.get(option, 'main_cnn.py')} {option}"
 
 
-@pytest.mark.parametrize(("page", "option"), found(options))
+def marked(parameters: list[Any]) -> list[Any]:
+    """Mark the benchmarks' options as slow: to ask for their help takes seconds each, for what they import."""
+    of_benchmarks = ["tests/benchmarks/" in parameter.values[1] for parameter in parameters]
+    return [
+        pytest.param(*parameter.values, id=parameter.id, marks=[pytest.mark.slow] if is_slow else [])
+        for parameter, is_slow in zip(parameters, of_benchmarks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("page", "option"), marked(found(options)))
 def test_a_command_line_option_that_is_named_is_one(page: Path, option: str) -> None:
     program, _, name = option.rpartition(" ")
     assert name in options_of(program)

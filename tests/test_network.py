@@ -228,8 +228,14 @@ def make_executor(kind: str) -> Executor:
     return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("network", "kind"), [(Misbehaving, OSError), (Leaving, RuntimeError)])
+@pytest.mark.parametrize(
+    ("network", "kind", "workers"),
+    [
+        (Misbehaving, OSError, 1),
+        (Leaving, RuntimeError, 2),
+        *slow((Misbehaving, OSError, 2), (Leaving, RuntimeError, 1)),
+    ],
+)
 def test_what_a_network_raises_in_training_is_shown_with_its_line(
     network: type[nn.Module],
     kind: type[Exception],
@@ -288,7 +294,7 @@ def test_workers_find_the_program_after_os_chdir(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.endswith("final\n")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, *slow(2)])
 def test_a_run_leaves_threads_and_generators_as_they_were(workers: int, configure: Configure) -> None:
     torch.manual_seed(5)
     np.random.seed(6)
@@ -594,7 +600,7 @@ class Hooked(ConvolutionalNeuralNetwork):
         self.conv_stack[2].register_forward_hook(lambda module, inputs, output: output * 2)
 
 
-@pytest.mark.parametrize("network", [LazyInTraining, ComplexWeights, Hooked])
+@pytest.mark.parametrize("network", [LazyInTraining, *slow(ComplexWeights, Hooked)])
 def test_an_uncommon_network_trains(network: type[nn.Module], configure: Configure) -> None:
     script = configure(main_cnn, ConvolutionalNeuralNetwork=network, FOLDS=2, EPOCHS=2, BATCH_SIZE=256)
     assert script.main().final.accuracy > 0.15

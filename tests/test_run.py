@@ -27,6 +27,7 @@ from experiment.settings import TrainingConfig
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_bits(cnn_result: ExperimentResult, configure: Configure) -> None:
     assert computed(configure(main_cnn, WORKERS=2).main().run_dir) == computed(cnn_result.run_dir)
 
@@ -35,6 +36,7 @@ def test_one_worker_gives_the_same_bits_as_two(cnn_result: ExperimentResult, con
     assert computed(configure(main_cnn, WORKERS=1).main().run_dir) == computed(cnn_result.run_dir)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_result(cnn_result: ExperimentResult, configure: Configure) -> None:
     assert computed(configure(main_cnn, RNG_SEED=1).main().run_dir)["final"] != computed(cnn_result.run_dir)["final"]
 
@@ -173,7 +175,7 @@ class Lazy(nn.Module):
         return self.last(self.conv(images).relu().flatten(1))
 
 
-@pytest.mark.parametrize("network", [OneMoreLayer, *slow(LayersTakenOut, Lazy)])
+@pytest.mark.parametrize("network", [Lazy, *slow(OneMoreLayer, LayersTakenOut)])
 def test_any_network_trains_with_the_same_bits_by_any_number_of_workers(
     network: type[nn.Module], configure: Configure, tmp_path: Path
 ) -> None:

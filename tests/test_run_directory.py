@@ -49,6 +49,7 @@ def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_over(
     assert result.run_dir == unfinished and computed(unfinished) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_reported(
     unfinished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,8 +73,8 @@ def test_a_checkpoint_of_another_fit_is_not_used(
 @pytest.mark.parametrize(
     "change",
     [
-        *({"RNG_SEED": 1}, {"RESUME": False}),
-        *slow({"EPOCHS": 5}, {"FOLDS": 2}, {"BATCH_SIZE": 32}, {"LEARNING_RATE": 0.002}),
+        {"RNG_SEED": 1},
+        *slow({"RESUME": False}, {"EPOCHS": 5}, {"FOLDS": 2}, {"BATCH_SIZE": 32}, {"LEARNING_RATE": 0.002}),
         *slow({"LR_SCHEDULE": "cosine"}, {"MIRROR": True}, {"PRECISION": "float32"}),
     ],
 )
@@ -89,7 +90,7 @@ def test_a_run_that_is_not_identical_starts_anew(
 
 
 @pytest.mark.parametrize(
-    "change", [{"WORKERS": 2}, *slow({"WANDB_PROJECT_NAME": "other"}, {"DATA_DIR": "data/elsewhere"})]
+    "change", [{"WANDB_PROJECT_NAME": "other"}, *slow({"WORKERS": 2}, {"DATA_DIR": "data/elsewhere"})]
 )
 def test_how_many_workers_there_are_and_where_it_is_logged_does_not_matter(
     change: dict[str, Any], unfinished: Path, configure: Configure, tmp_path: Path

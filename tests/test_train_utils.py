@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, REPOSITORY, make_fit
+from conftest import DATA_DIR, REPOSITORY, make_fit, slow
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ def test_run_epoch_leaves_the_state_it_is_given_as_it_is() -> None:
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns freed memory so eagerly")
 def test_memory_that_tensors_free_after_an_epoch_began_is_kept_for_the_next_ones() -> None:
     code = """
@@ -288,7 +289,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("what", ["weights", "moments", "both"])
+@pytest.mark.parametrize("what", ["both", *slow("weights", "moments")])
 @pytest.mark.parametrize(
     ("model_class", "layout"),
     [(NeuralNetwork, "strided"), *((ConvolutionalNeuralNetwork, layout) for layout in LAYOUTS)],

@@ -64,7 +64,7 @@ def test_a_server_that_is_none_of_wandbs_is_replaced_by_offline(
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AnswersHtml) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         assert choose_mode("auto", tmp_path / "none")[0] == "offline"
         server.shutdown()
@@ -80,6 +80,7 @@ def test_a_server_that_answers_500_is_replaced_by_offline(
     assert "HTTP status 500" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_replaced_by_offline_within_30_seconds(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -248,7 +248,8 @@ for script.RUNS_DIR in ({first!r}, {second!r}):
 """
 
 
-@pytest.mark.parametrize("mode", ["offline", *slow("online")])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
 def test_two_experiments_in_one_process_write_into_their_own_folders_and_leave_the_process_as_it_was(
     mode: str, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

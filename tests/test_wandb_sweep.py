@@ -211,6 +211,7 @@ def test_a_trial_without_a_server_ends_before_it_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_agents_parameters_win_over_constants_and_reach_one_experiment(
     trial: Callable[..., ModuleType], configure: Configure, server: WandbServer
 ) -> None:

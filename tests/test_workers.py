@@ -12,15 +12,23 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import start_python, wait_for, wait_until_idle
+from conftest import slow, start_python, wait_for, wait_until_idle
 
 from experiment.workers import ThisProcess, WorkerDiedError, WorkerProcesses
 
 # What is sent is defined inside the tests, or is the standard library's: a worker shall not import the tests.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerProcesses]:
+    """Two workers, for the tests that leave both alive."""
+    with WorkerProcesses(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def mortal_pool() -> Iterator[WorkerProcesses]:
+    """Two workers, of which a test may kill any."""
     with WorkerProcesses(2) as pool:
         yield pool
 
@@ -104,7 +112,7 @@ print(type(result) is Number, result.value, type(error) is OwnError, error)
 """
 
 
-@pytest.mark.parametrize("kind", ["-c", "a script without a guard", "standard input"])
+@pytest.mark.parametrize("kind", ["a script without a guard", *slow("-c", "standard input")])
 def test_what_the_running_program_defines_is_sent_along(kind: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PROGRAM)
     arguments = {"-c": ["-c", PROGRAM], "standard input": ["-"]}.get(kind, ["script.py"])
@@ -118,28 +126,30 @@ def test_a_worker_is_in_a_session_of_its_own_where_ctrl_c_does_not_reach_it(pool
     assert all(session == process != os.getsid(0) for session, process in sessions)
 
 
-def test_an_idle_worker_that_is_killed_costs_one_call(pool: WorkerProcesses) -> None:
-    killed = pool.submit(os.getpid).result(timeout=30)
+def test_an_idle_worker_that_is_killed_costs_one_call(mortal_pool: WorkerProcesses) -> None:
+    killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: psutil.Process(killed).status() == psutil.STATUS_ZOMBIE)
-    futures = [pool.submit(slowly(os.getpid)) for _ in range(2)]
+    futures = [mortal_pool.submit(slowly(os.getpid)) for _ in range(2)]
     errors = [future.exception(timeout=30) for future in futures]
     assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
-    assert_the_pool_works(pool, without=killed)
+    assert_the_pool_works(mortal_pool, without=killed)
 
 
-def test_a_worker_that_is_killed_while_it_computes_costs_its_call_alone(pool: WorkerProcesses, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_while_it_computes_costs_its_call_alone(
+    mortal_pool: WorkerProcesses, tmp_path: Path
+) -> None:
     def compute(name: str, seconds: float) -> int:
         (tmp_path / name).write_text(str(os.getpid()))
         time.sleep(seconds)
         return os.getpid()
 
-    long, short = pool.submit(compute, "long", 100), pool.submit(compute, "short", 2)
+    long, short = mortal_pool.submit(compute, "long", 100), mortal_pool.submit(compute, "short", 2)
     wait_until(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in ("long", "short")))
     os.kill(killed := int((tmp_path / "long").read_text()), signal.SIGKILL)
     assert isinstance(long.exception(timeout=5), WorkerDiedError)
     assert short.result(timeout=30) == int((tmp_path / "short").read_text())
-    assert_the_pool_works(pool, without=killed)
+    assert_the_pool_works(mortal_pool, without=killed)
 
 
 SENDING = """
@@ -171,6 +181,7 @@ def stop_while_workers_send(folder: Path) -> tuple[subprocess.Popen[str], psutil
     return parent, workers[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(tmp_path: Path) -> None:
     parent, worker = stop_while_workers_send(tmp_path)
     worker.kill()
@@ -179,35 +190,36 @@ def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(tmp_path: P
     assert (output, errors) == ("NoneType WorkerDiedError\n1 2 4 8\n", "")
 
 
-def test_a_worker_that_is_killed_while_it_takes_a_call_costs_that_call_alone(pool: WorkerProcesses) -> None:
-    killed = pool.submit(os.getpid).result(timeout=30)
+def test_a_worker_that_is_killed_while_it_takes_a_call_costs_that_call_alone(mortal_pool: WorkerProcesses) -> None:
+    killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGSTOP)
-    futures = [pool.submit(len, bytes(10**7)) for _ in range(2)]  # one call fills the pipe of the stopped worker
+    futures = [mortal_pool.submit(len, bytes(10**7)) for _ in range(2)]  # one call fills the pipe of the stopped worker
     wait_until(lambda: any(future.done() for future in futures))
     time.sleep(0.2)
     os.kill(killed, signal.SIGKILL)
     errors = [future.exception(timeout=30) for future in futures]
     assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
-    assert_the_pool_works(pool, without=killed)
+    assert_the_pool_works(mortal_pool, without=killed)
 
 
-def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(pool: WorkerProcesses) -> None:
+@pytest.mark.slow
+def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(mortal_pool: WorkerProcesses) -> None:
     before = {child.pid for child in psutil.Process().children()}
     for _ in range(4):
-        futures = [pool.submit(slowly(lambda: os.kill(os.getpid(), 9))) for _ in range(2)]
+        futures = [mortal_pool.submit(slowly(lambda: os.kill(os.getpid(), 9))) for _ in range(2)]
         assert all(isinstance(future.exception(timeout=30), WorkerDiedError) for future in futures)
     after = {child.pid for child in psutil.Process().children()}
     assert len(after) == len(before) and len(after - before) == 2
     assert all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in after)
 
 
-@pytest.mark.parametrize("end", [lambda: sys.exit(0), lambda: os._exit(0)], ids=["sys.exit", "os._exit"])
-def test_a_call_that_ends_its_process_costs_itself_alone(pool: WorkerProcesses, end: Callable[[], None]) -> None:
-    ending = pool.submit(slowly(end))
-    answer = pool.submit(slowly(slowly(lambda: 1)))
+@pytest.mark.parametrize("end", [lambda: os._exit(0), *slow(lambda: sys.exit(0))], ids=["os._exit", "sys.exit"])
+def test_a_call_that_ends_its_process_costs_itself_alone(mortal_pool: WorkerProcesses, end: Callable[[], None]) -> None:
+    ending = mortal_pool.submit(slowly(end))
+    answer = mortal_pool.submit(slowly(slowly(lambda: 1)))
     assert isinstance(ending.exception(timeout=30), WorkerDiedError)
     assert answer.result(timeout=30) == 1
-    assert pool.submit(abs, -1).result(timeout=30) == 1
+    assert mortal_pool.submit(abs, -1).result(timeout=30) == 1
 
 
 def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: WorkerProcesses) -> None:
@@ -336,6 +348,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     parent.communicate(timeout=10)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_path: Path) -> None:
     parent, worker = stop_while_workers_send(tmp_path)
     parent.kill()
@@ -343,6 +356,7 @@ def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_p
     parent.communicate(timeout=10)
 
 
+@pytest.mark.slow
 def test_a_folder_named_experiment_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "__init__.py").write_text("raise SystemExit('the wrong one')")
