@@ -8,6 +8,8 @@ on light things on a dark ground: a dark thing on a light ground needs --invert.
 import importlib
 import importlib.util
 import json
+import os
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +121,8 @@ def _class_of_file(network: str) -> Callable[[], nn.Module]:
     if spec is None or spec.loader is None:
         raise ConfigurationError(f"--network must name a file of Python, got {file!r}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # a dataclass looks for its own module there
+    sys.path.append(os.path.dirname(os.path.abspath(file)))  # and it may import what lies beside it, as when it runs
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise ConfigurationError(f"{file} has no {name}")

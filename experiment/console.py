@@ -33,11 +33,13 @@ class Progress:
 
     def __init__(self, fit_names: Iterable[str], epochs: int) -> None:
         self.histories: dict[str, History] = {name: [] for name in fit_names}
+        self._epochs = epochs
         self._diverged: set[str] = set()
         self._rows = 0
+        self._said_how_long = False
         self._started = time.monotonic()
         self._done_before = 0  # epochs of an earlier attempt, which took none of the time since then
-        hidden = not sys.stderr.isatty()
+        hidden = sys.stderr is None or not sys.stderr.isatty()
         total = epochs * len(self.histories)
         self._bar = tqdm(total=total, disable=hidden, dynamic_ncols=True, smoothing=0, bar_format=BAR)
 
@@ -51,6 +53,7 @@ class Progress:
             self.histories[name] = list(history)
         self._done_before = self._epochs_done()
         self._bar.initial = self._bar.n = self._done_before
+        self._count_what_is_to_do()
         self._print_new_rows()
 
     def step(self, fit_name: str, metrics: dict[str, float], diverged: bool = False) -> bool:
@@ -58,10 +61,16 @@ class Progress:
         self.histories[fit_name].append(metrics)
         if diverged:
             self._diverged.add(fit_name)
+            self._count_what_is_to_do()
         self._bar.set_postfix_str(_latest(fit_name, metrics), refresh=False)
         with contextlib.suppress(OSError):  # the terminal is gone
             self._bar.update()
         return self._print_new_rows()
+
+    def _count_what_is_to_do(self) -> None:
+        """Let the bar end where all fits do: one that diverged is trained no further."""
+        given_up = sum(self._epochs - len(self.histories[name]) for name in self._diverged)
+        self._bar.total = self._epochs * len(self.histories) - given_up
 
     def _epochs_done(self) -> int:
         return sum(len(history) for history in self.histories.values())
@@ -73,7 +82,7 @@ class Progress:
             epoch = [history[self._rows] for history in folds]
             self._rows += 1
             say(_row_of_table(self._rows, epoch, time.monotonic() - self._started))
-            if self._rows == 1:
+            if not self._said_how_long:
                 self._say_how_long()
         return self._rows > rows_before
 
@@ -85,6 +94,7 @@ class Progress:
         if done_here and left:
             seconds_an_epoch = (time.monotonic() - self._started) / done_here
             say(f"       │ about {format_seconds(seconds_an_epoch * left)} to go")
+            self._said_how_long = True
 
     def __enter__(self) -> "Progress":
         return self
@@ -124,12 +134,24 @@ def warn(text: str) -> None:
     _write(text, sys.stderr)
 
 
-def _write(text: str, stream: TextIO) -> None:
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed since Python began, as by 2>&-
+        return
     try:
         tqdm.write(text, file=stream)
         stream.flush()
+    except ValueError:  # the program that called us has closed it
+        pass
     except OSError:  # the terminal or the pipe is gone: the run goes on without
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _send_to_nowhere(stream)
+
+
+def _send_to_nowhere(stream: TextIO) -> None:
+    """Let what was written, and could not be sent, vanish; Python would try again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError):  # it is no file
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def wrap(text: str) -> str:

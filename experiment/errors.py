@@ -134,10 +134,13 @@ def _signals_as_exceptions() -> Iterator[None]:
     def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    # Ignored, as under nohup and behind `&` in a script; or of a program around us that Python knows nothing of.
+    left_alone = (signal.SIG_IGN, None)
+    previous = {number: handler for number, handler in handlers.items() if handler not in left_alone}
+    for number in previous:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The pictures and report.md of a run, as the bytes of files."""
 
 import io
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -207,7 +208,7 @@ def report_text(result: ExperimentResult, network: dict[str, Any], comparison: s
     figures : list of str
     """
     parts = [f"# {result.run_dir.name}", _result_in_a_line(result)]
-    parts += ["The same again:", _fenced(_command_that_repeats(result, network["name"]))]
+    parts += _how_to_repeat(result, network["name"])
     if comparison:
         parts += ["## Did it help?", _fenced(comparison)]
         parts += [_picture(name) for name in figures if name == "compare.png"]
@@ -220,7 +221,7 @@ def report_text(result: ExperimentResult, network: dict[str, Any], comparison: s
     parts += ["## Pictures", *[_picture(name) for name in figures if name != "compare.png"]]
     parts += [f"## Network: {network['weights']:,} weights", _fenced(network["printed"])]
     parts += ["## Machine", _table_of_environment(result.environment)]
-    parts += ["## More", _list_of_files(result)]
+    parts += ["## More", _list_of_files(result, network["name"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,24 +239,31 @@ def _result_in_a_line(result: ExperimentResult) -> str:
     return line
 
 
-def _command_that_repeats(result: ExperimentResult, network_name: str) -> str:
-    """Return the command with every hyperparameter, since the script may be edited tomorrow."""
+def _how_to_repeat(result: ExperimentResult, network_name: str) -> list[str]:
+    """Return the command with every hyperparameter, since the script may be edited tomorrow; or these as constants."""
     values = {name: result.config[name] for name in HYPERPARAMETERS}
     values |= {name: result.environment[name] for name in ("device", "precision")}
+    script = _script_of(network_name)
+    if script is None:
+        constants = [f"{name.upper()} = {value!r}" for name, value in values.items()]
+        return [f"The same again: {network_name}, with these constants:", _fenced("\n".join(constants))]
     options = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
-    return " ".join(["python", _script_of(network_name), *options])
+    return ["The same again:", _fenced(" ".join(["python", script, *options]))]
 
 
-def _script_of(network_name: str) -> str:
-    """Return the script that is running; else the one that trains the network of that name; else the first."""
+def _script_of(network_name: str) -> str | None:
+    """Return the script that is running; else the one that trains the network of that name; None for a user's own."""
     running = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
     if running in SCRIPTS:
         return running
     for script in SCRIPTS:
-        path = PROJECT_DIR / script
-        if path.is_file() and f"import {network_name}\n" in path.read_text(encoding="utf-8", errors="replace"):
+        if _stands_in(PROJECT_DIR / script, f"import {network_name}\n"):
             return script
-    return SCRIPTS[0]
+    return None
+
+
+def _stands_in(path: Path, text: str) -> bool:
+    return path.is_file() and text in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _table_of_epochs(result: ExperimentResult) -> str:
@@ -284,16 +292,24 @@ def _table_of_environment(environment: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _list_of_files(result: ExperimentResult) -> str:
+def _list_of_files(result: ExperimentResult, network_name: str) -> str:
     lines = ["- `results.json`: every figure at full precision; `config.json`: what was asked."]
     if result.final:
         lines.append("- `model.pt`: the weights of the final network, for `load_state_dict`.")
-        lines.append(
-            f"- `python -m experiment.classify picture.png --run {result.run_dir.name}` asks the final network about a "
-            "picture of yours."
-        )
-    lines.append(f"- In Weights & Biases: the runs of the group `{result.run_dir.name}`.")
+        command = _command_that_classifies(result.run_dir, network_name)
+        lines.append(f"- `{command}` asks the final network about a picture of yours.")
+    if result.environment["wandb_run_ids"]:
+        lines.append(f"- In Weights & Biases: the runs of the group `{result.run_dir.name}`.")
     return "\n".join(lines)
+
+
+def _command_that_classifies(run_dir: Path, network_name: str) -> str:
+    command = f"python -m experiment.classify picture.png --run {run_dir.name}"
+    if run_dir.parent != PROJECT_DIR / "runs":
+        command += f" --runs-dir {shlex.quote(str(run_dir.parent))}"
+    if not _stands_in(PROJECT_DIR / "models.py", f"class {network_name}("):
+        command += f" --network file.py:{network_name}"
+    return command
 
 
 def _picture(name: str) -> str:

@@ -152,13 +152,10 @@ def try_network(model_class: Callable[[], nn.Module], plan: Plan) -> Network:
                 f"the network cannot be sent to other processes: {_first_line(error)}. What it needs must be made in "
                 "the network itself; or set WORKERS = 1"
             ) from None
-    found = attempt(_examine, model_class, plan.device, plan.precision)
-    if isinstance(found, Failure):
-        end_traceback_outside(found.error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
-        raise found.error
+    found = _tried(_examine, model_class, plan.device, plan.precision)
     if found["problem"]:
         raise ConfigurationError(f"{found['name']} {found['problem']}")
-    answers_again = same_answers(found["answers"], _answers_of(model_class))
+    answers_again = same_answers(found["answers"], _tried(_answers_of, model_class))
     network = Network(sendable, found["name"], found["printed"], found["weights"], found["answers"], answers_again)
     if not answers_again:
         found["doubts"].append(
@@ -168,6 +165,15 @@ def try_network(model_class: Callable[[], nn.Module], plan: Plan) -> Network:
     for doubt in found["doubts"]:
         warn(f"{network.name} {doubt}.")
     return network
+
+
+def _tried(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does with a network; raise what the network raises, with its own line as the last."""
+    found = attempt(function, *arguments)
+    if isinstance(found, Failure):
+        end_traceback_outside(found.error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
+        raise found.error
+    return found
 
 
 def _check_callable(model_class: Callable[[], nn.Module]) -> None:

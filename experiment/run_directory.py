@@ -46,6 +46,7 @@ class RunDirectory:
         self, runs_dir: Path, name: str, settings: dict[str, Any], identity: dict[str, Any], resume: bool
     ) -> None:
         self._checkpoints: dict[str, dict[str, Any]] = {}  # the last of each fit that was saved
+        self._files: dict[str, bytes] = {}  # all others that were saved
         stem = re.sub(r"[^\w.\[\]()-]+", "_", name)
         try:
             runs_dir.mkdir(parents=True, exist_ok=True)
@@ -54,25 +55,30 @@ class RunDirectory:
             self.path = found or self._make(runs_dir, stem)
         except OSError as error:
             raise RunError(f"{path_from_here(runs_dir)} cannot be written ({error.strerror}). Mend that.") from None
-        if self.resumed:
-            self._config = _read_json(self.path / "config.json")
-            for leftover in self.path.glob(".*.unfinished"):
-                leftover.unlink()
-        else:
+        if not self.resumed:
             self._config = settings | {"identity": identity, "wandb_id": uuid.uuid4().hex[:8]}
             self.save("config.json", _to_json(self._config))
         self.wandb_id: str = self._config["wandb_id"]
 
     def _find_unfinished(self, runs_dir: Path, stem: str, identity: dict[str, Any]) -> Path | None:
         begun = [path for path in runs_dir.glob("*/config.json") if path.parent.name.startswith(f"{stem}-")]
-        for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
+        for path in sorted(begun, key=_when_changed, reverse=True):
             try:
-                is_same = _same_identity(_read_json(path)["identity"], identity)
+                config = json.loads(path.read_text(encoding="utf-8"))
+                is_same = config["wandb_id"] and _same_identity(config["identity"], identity)
             except (OSError, ValueError, LookupError, TypeError):  # not written by this program, or by another version
                 continue
             if is_same and self._lock_unfinished(path.parent):
+                self._take_over(path, config)
                 return path.parent
         return None
+
+    def _take_over(self, path: Path, config: dict[str, Any]) -> None:
+        """Go on with what an earlier attempt has left."""
+        self._config = config
+        self._files["config.json"] = path.read_bytes()
+        for leftover in path.parent.glob(".*.unfinished"):
+            leftover.unlink()
 
     def _lock_unfinished(self, path: Path) -> bool:
         if (path / "results.json").exists():
@@ -135,7 +141,7 @@ class RunDirectory:
 
     def _write_checkpoint(self, fit_name: str) -> None:
         content = self._checkpoints[fit_name] | {"belongs_to": self._owner(fit_name)}
-        self.save(f"{fit_name}.pt", tensors_as_bytes(content))
+        self._write(f"{fit_name}.pt", tensors_as_bytes(content))
 
     def _owner(self, fit_name: str) -> str:
         return f"{fit_name} {self.wandb_id}"
@@ -148,6 +154,10 @@ class RunDirectory:
         RunError
             If it cannot be written.
         """
+        self._files[name] = content
+        self._write(name, content)
+
+    def _write(self, name: str, content: bytes) -> None:
         if not self.path.is_dir():
             self._make_again()
         save_atomically(self.path / name, content)
@@ -161,7 +171,8 @@ class RunDirectory:
             raise RunError(f"{path_from_here(self.path)} cannot be made again ({error.strerror}).") from None
         self._lock.release(force=True)
         self._acquire(self.path)
-        self.save("config.json", _to_json(self._config))
+        for name, content in self._files.items():
+            self._write(name, content)
         for fit_name in self._checkpoints:
             self._write_checkpoint(fit_name)
 
@@ -217,10 +228,7 @@ def save_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the rename, too, is only then on the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         raise RunError(
             f"{path_from_here(path)} cannot be written ({error.strerror}). Make room, or mend that."
@@ -228,6 +236,18 @@ def save_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Let a rename reach the disk, too, where the file system can do that for a folder: not every one does."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def tensors_as_bytes(content: dict[str, Any]) -> bytes:
@@ -246,8 +266,11 @@ def _same_identity(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return plain_one == plain_other and same_network(one["network"], other["network"])
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _when_changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # somebody has deleted it meanwhile
+        return 0.0
 
 
 def _to_json(content: dict[str, Any]) -> bytes:

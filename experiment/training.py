@@ -4,6 +4,7 @@ import contextlib
 import math
 import queue
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, contextmanager
@@ -16,10 +17,10 @@ from experiment.network import submit
 from experiment.plan import Plan
 from experiment.run_directory import RunDirectory, path_from_here
 from experiment.wandb_runs import WandbRuns
-from experiment.workers import ThisProcess, WorkerProcesses
+from experiment.workers import ThisProcess, WorkerDiedError, WorkerProcesses
 from train_utils import Failure, Fit, Metrics, State, attempt, run_epoch
 
-MOST_LOST_EPOCHS = 3  # that an executor may lose, as where a worker process is killed, before a run is given up
+MOST_LOST_TIMES = 3  # that an executor may lose the same epoch, as where a worker is killed, before a run is given up
 Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if there was one
 
 
@@ -59,8 +60,8 @@ def train_all(
     waiting = sorted(_unfinished(fits, checkpoints), key=lambda fit: _epochs_done(checkpoints[fit.name]))
     running: dict[Future[Any], Fit] = {}
     answered: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-    lost = 0
-    say(f"Watch it learn: learning_curves.png grows in\n  {path_from_here(folder.path)}")
+    lost: Counter[str] = Counter()  # how often the epoch that a fit is at was lost
+    say(f"Watch it learn: from the second minute on, learning_curves.png grows in\n  {path_from_here(folder.path)}")
     curves = GrowingCurves(folder.save)
     with Progress([fit.name for fit in fits], fits[0].epochs) as progress:
         diverged = [name for name, checkpoint in checkpoints.items() if checkpoint["failure"]]
@@ -77,10 +78,11 @@ def train_all(
                 fit = running.pop(future)
                 outcome = _outcome_of(future)
                 if outcome is None:
-                    lost += 1
-                    _tell_of_lost_epoch(future, plan, lost)
+                    lost[fit.name] += 1
+                    _tell_of_lost_epoch(future, fit, plan, lost[fit.name])
                     waiting.insert(0, fit)
                     continue
+                del lost[fit.name]
                 state, metrics = outcome
                 checkpoint = _next_checkpoint(checkpoints[fit.name], fit, state, metrics)
                 checkpoints[fit.name] = checkpoint
@@ -146,15 +148,18 @@ def _outcome_of(future: Future[Any]) -> tuple[State, Metrics] | None:
     return outcome
 
 
-def _tell_of_lost_epoch(future: Future[Any], plan: Plan, lost: int) -> None:
-    """Warn of an epoch that the executor lost; raise a RunError where there were too many."""
-    what = "A worker process was killed, most likely because memory ran out"
-    advice = " Set WORKERS lower."
-    if plan.executor is not None:
-        reason = "it was cancelled" if future.cancelled() else repr(future.exception())
-        what, advice = f"{plan.executor} lost an epoch ({reason})", ""
-    if lost > MOST_LOST_EPOCHS:
-        raise RunError(f"{what}, for the {lost}th time.{advice}") from None
+def _tell_of_lost_epoch(future: Future[Any], fit: Fit, plan: Plan, times: int) -> None:
+    """Warn of an epoch that the executor lost; raise a RunError where it was lost too often."""
+    error = None if future.cancelled() else future.exception()
+    if isinstance(error, WorkerDiedError):
+        what = "A worker process was killed, most likely because memory ran out"
+        advice = " Set WORKERS lower."
+    else:
+        reason = "it was cancelled" if error is None else repr(error)
+        what = f"{plan.executor or 'WorkerProcesses'} lost an epoch ({reason})"
+        advice = ""
+    if times > MOST_LOST_TIMES:
+        raise RunError(f"{what}, for the {times}th time in the same epoch of {fit.name}.{advice}") from None
     warn(f"{what}; what it had not finished is done again.")
 
 

@@ -8,13 +8,12 @@ The final network's answers to the test images (true class → what it took the 
 Of label 2, "Hat", there is no image at all.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_utils import Dataset
+from data_utils import PROJECT_DIR, Dataset
 from experiment.results import ExperimentResult, make_result
 
 CLASS_NAMES = ["Coat", "Shirt", "Hat", "Bag"]
@@ -119,4 +118,6 @@ def make_hand_made_result(checkpoints: dict[str, dict[str, Any]] | None = None) 
     """Return what the run came to, worked out by `make_result`."""
     checkpoints = checkpoints or make_checkpoints()
     _, test_labels, _ = checkpoints["final"]["evaluation"] or make_evaluation(0.9, TEST_ANSWERS)
-    return make_result(CONFIG, make_dataset(test_labels), checkpoints, dict(ENVIRONMENT), Path("runs") / RUN_NAME)
+    return make_result(
+        CONFIG, make_dataset(test_labels), checkpoints, dict(ENVIRONMENT), PROJECT_DIR / "runs" / RUN_NAME
+    )

@@ -217,3 +217,26 @@ def test_the_command_answers_in_a_process_of_its_own(run_dir: Path, tmp_path: Pa
 def test_help_says_what_it_does_and_imports_no_library_for_pictures() -> None:
     code = "import sys, experiment.classify; print('PIL' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True) == "False\n"
+
+
+WITH_A_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from what_lies_beside_it import ConvolutionalNeuralNetwork
+
+@dataclass
+class Sizes:
+    width: int = 28
+
+class Own(ConvolutionalNeuralNetwork):
+    pass
+"""
+
+
+def test_the_networks_file_may_hold_dataclasses_and_import_what_lies_beside_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "with_a_dataclass.py").write_text(WITH_A_DATACLASS)
+    (tmp_path / "what_lies_beside_it.py").write_text("from models import ConvolutionalNeuralNetwork")
+    assert load_trained(run_dir, f"{tmp_path / 'with_a_dataclass.py'}:Own").class_names[:2] == ["0", "1"]

@@ -130,7 +130,7 @@ def test_a_fold_that_diverged_before_the_run_was_cut_off_holds_no_row_up(capsys:
     progress = Progress(FITS, 2)
     progress.begin({"final": [], "fold-1": HISTORIES["fold-1"][:1], "fold-2": []}, diverged=["fold-2"])
     assert progress.step("fold-1", HISTORIES["fold-1"][1]) is True
-    assert [row.split()[0] for row in table_rows(capsys)] == ["1", "2"]
+    assert [row.split()[0] for row in table_rows(capsys) if "to go" not in row] == ["1", "2"]
 
 
 def test_the_final_fit_makes_no_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +210,15 @@ def test_the_bar_begins_where_an_earlier_attempt_ended() -> None:
     ):
         progress.step("fold-2", HISTORIES["fold-2"][0])
     assert " 50% " in terminal.getvalue() and " 3/6 epochs" in terminal.getvalue()
+
+
+def test_the_bar_is_full_at_the_end_though_a_fit_diverged() -> None:
+    with in_a_terminal() as terminal, begin() as progress:
+        progress.step("fold-1", HISTORIES["fold-1"][0], diverged=True)
+        for fit in ("fold-2", "final"):
+            for metrics in HISTORIES[fit]:
+                progress.step(fit, metrics)
+    assert "100% " in terminal.getvalue() and " 5/5 epochs" in terminal.getvalue()
 
 
 def test_without_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,3 +384,13 @@ def test_in_a_notebook_pictures_are_shown_and_in_a_terminal_they_are_not(
 def test_where_ipython_was_never_imported_it_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "IPython", None)
     show_pictures([tmp_path / "none.png"])
+
+
+def test_a_stream_that_is_not_there_or_was_closed_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        warn("to nobody")
+    monkeypatch.setattr(sys, "stderr", None)
+    Progress(FITS, 1)

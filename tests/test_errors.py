@@ -15,6 +15,7 @@ from conftest import FIGURES, REPOSITORY, Configure, Start
 
 import main_tutorial
 from experiment import run
+from experiment.errors import user_errors
 
 
 @pytest.mark.slow
@@ -149,3 +150,14 @@ def test_a_lock_that_cannot_be_had_costs_a_line(
     result = configure(main_tutorial, FOLDS=3, EPOCHS=6).main()
     assert result.environment["resumed"] and "Without a lock: " in capfd.readouterr().err
     assert (unfinished / "results.json").exists()
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """As Ctrl-C is for what a script has started behind `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with user_errors():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,13 +4,14 @@ import io
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from conftest import FIGURES
-from hand_made import HISTORIES, NETWORK, RUN_NAME, SHIRT, make_checkpoints, make_hand_made_result
+from hand_made import ENVIRONMENT, HISTORIES, NETWORK, RUN_NAME, SHIRT, make_checkpoints, make_hand_made_result
 from PIL import Image
 
 from experiment import figures as figures_room
@@ -331,7 +332,6 @@ def test_the_report_has_the_command_that_repeats_the_run_with_every_setting_that
         ("/elsewhere/main_tutorial.py", "ConvolutionalNeuralNetwork", "main_tutorial.py"),
         ("/usr/bin/pytest", "NeuralNetwork", "main_tutorial.py"),
         (None, "ConvolutionalNeuralNetwork", "main_cnn.py"),
-        (None, "Own", "main_cnn.py"),
     ],
 )
 def test_the_command_names_the_script_that_trains_this_network(
@@ -340,6 +340,27 @@ def test_the_command_names_the_script_that_trains_this_network(
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=running))
     report = report_text(result, NETWORK | {"name": network}, "", [])
     assert re.findall(r"^python (\S+)", report, re.MULTILINE)[0] == script
+
+
+def test_a_network_of_the_users_own_is_repeated_with_constants(
+    result: ExperimentResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__="/elsewhere/own.py"))
+    report = report_text(result, NETWORK | {"name": "Own"}, "", [])
+    said, constants = report.split("\n\n")[2:4]
+    assert said == "The same again: Own, with these constants:"
+    assert constants.splitlines()[1:-1] == [
+        "DATASET = 'FashionMNIST'",
+        "FOLDS = 2",
+        "EPOCHS = 2",
+        "BATCH_SIZE = 64",
+        "LEARNING_RATE = 0.001",
+        "LR_SCHEDULE = 'cosine'",
+        "MIRROR = True",
+        "RNG_SEED = 314",
+        "DEVICE = 'cpu'",
+        "PRECISION = 'bfloat16'",
+    ]
 
 
 def test_the_report_has_the_tables_of_the_terminal_and_the_time(result: ExperimentResult) -> None:
@@ -401,12 +422,25 @@ def test_the_report_names_machine_and_versions_and_nothing_that_is_empty(result:
 
 
 def test_the_report_says_what_else_there_is_and_the_model_only_where_there_is_one(result: ExperimentResult) -> None:
-    lines = section(report_of(result), "More").splitlines()
+    logged = replace(result, environment=ENVIRONMENT | {"wandb_run_ids": {"final": "abc"}})
+    lines = section(report_of(logged), "More").splitlines()
     assert [re.findall(r"`(.*?)`", line)[0] for line in lines] == [
         "results.json",
         "model.pt",
         f"python -m experiment.classify picture.png --run {RUN_NAME}",
         RUN_NAME,
     ]
-    without = section(report_of(replace(result, final=None)), "More")
+    without = section(report_of(replace(logged, final=None)), "More")
     assert "model.pt" not in without and "classify" not in without and RUN_NAME in without
+
+
+def test_where_nothing_was_logged_weights_and_biases_is_not_named(result: ExperimentResult) -> None:
+    assert "Weights & Biases" not in report_of(result)
+
+
+def test_the_command_that_classifies_says_where_the_run_and_its_network_are(
+    result: ExperimentResult, tmp_path: Path
+) -> None:
+    elsewhere = replace(result, run_dir=tmp_path / "with a blank" / RUN_NAME)
+    report = report_text(elsewhere, NETWORK | {"name": "Own"}, "", [])
+    assert f"--run {RUN_NAME} --runs-dir '{tmp_path}/with a blank' --network file.py:Own` asks" in report

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hand_made import (
@@ -21,6 +20,7 @@ from hand_made import (
     make_hand_made_result,
 )
 
+from data_utils import PROJECT_DIR
 from experiment.results import ExperimentResult, FitResult
 
 CLASSES = ["Coat", "Shirt", "Bag"]
@@ -171,7 +171,7 @@ def test_results_json_holds_config_folds_final_failures_cross_validation_and_env
 
 def test_a_result_shows_itself_in_three_lines(result: ExperimentResult) -> None:
     assert repr(result).splitlines() == [
-        f"ExperimentResult in {Path('runs') / RUN_NAME}",
+        f"ExperimentResult in {PROJECT_DIR / 'runs' / RUN_NAME}",
         "  test accuracy 0.7000, loss 0.9000",
         "  2 folds: accuracy 0.6250 ± 0.1768 (standard deviation)",
     ]

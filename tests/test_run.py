@@ -6,8 +6,8 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from experiment.errors import RunError
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
+from experiment.workers import ThisProcess
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
+from train_utils import Fit
 
 
 @pytest.mark.slow
@@ -299,3 +301,37 @@ def test_the_report_shows_every_figure_that_lies_beside_it(cnn_result: Experimen
     report = (cnn_result.run_dir / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", report)
     assert set(FIGURES) <= set(shown) and all((cnn_result.run_dir / name).is_file() for name in shown)
+
+
+class Losing(ThisProcess):
+    """An executor that loses an epoch of each of these fits, that often, as a cluster does that is started anew."""
+
+    def __init__(self, fits: Iterable[str], times: int) -> None:
+        self.left = dict.fromkeys(fits, times)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        fit = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], Fit) else None
+        if fit is None or not self.left.get(fit.name):
+            return super().submit(function, *arguments, **keywords)
+        self.left[fit.name] -= 1
+        lost: Future[Any] = Future()
+        lost.set_exception(ConnectionError("the cluster was started anew"))
+        return lost
+
+
+def test_an_executor_may_lose_an_epoch_of_every_fit_at_once(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = ["final", *(f"fold-{number}" for number in range(1, 6))]
+    result = configure(main_tutorial, FOLDS=5, EPOCHS=1).main(executor=Losing(fits, 1))
+    assert [fit.name for fit in result.folds] == fits[1:]
+    assert capsys.readouterr().err.count("Losing lost an epoch (ConnectionError('the cluster was started anew'))") == 6
+
+
+def test_an_epoch_that_is_lost_again_and_again_ends_the_run_with_one_line(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        configure(main_tutorial, EPOCHS=1).main(executor=Losing(["fold-2"], 4))
+    assert stop.value.code == 1
+    assert "for the 4th time in the same epoch of fold-2." in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """A run's folder: what goes on in it after a kill, what starts anew, and what is never touched."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from conftest import SETTINGS, Configure, Start, computed, finish, run_dirs, sav
 
 import main_tutorial
 from experiment.errors import RunError
-from experiment.run_directory import RunDirectory
+from experiment.run_directory import RunDirectory, save_atomically
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_results(
@@ -175,6 +177,32 @@ def test_a_folder_that_is_deleted_while_the_run_is_on_is_made_again_with_all_tha
     again = directory(tmp_path / "runs", unlike(NETWORK))
     assert again.path == folder.path
     assert [len(again.load_checkpoint(name)["history"]) for name in ("fold-1", "final")] == [1, 2]  # type: ignore[index]
+
+
+def test_a_folder_that_is_deleted_at_the_very_end_is_made_again_with_the_network_and_the_pictures(
+    tmp_path: Path,
+) -> None:
+    folder = directory(tmp_path / "runs", unlike(NETWORK))
+    folder.save("model.pt", b"weights")
+    folder.save("mistakes.png", b"a picture")
+    shutil.rmtree(tmp_path / "runs")
+    folder.finish({"folds": []})
+    saved = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.suffix != ".json"}
+    assert saved == {"model.pt": b"weights", "mistakes.png": b"a picture"}
+    assert {path.name for path in folder.path.glob("*.json")} == {"config.json", "results.json"}
+
+
+def test_a_file_system_that_cannot_sync_a_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files_only(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    save_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_where_not_one_epoch_was_done_nothing_else_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
