@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import os
 import pickle
 import platform
@@ -67,6 +68,33 @@ print(pages[-1] - pages[-2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
     pages = int(subprocess.check_output([sys.executable, "-c", code], env=environment))
     assert pages < 1000  # if they are new, it takes 29,000 for these 120 MB
+
+
+def learning_rates(schedule: str, epochs: int) -> list[float]:
+    """Return the learning rate at the start of each epoch of a fit with a peak of 1e-3, and that after the last."""
+    fit, state, rates = make_fit(LR_SCHEDULE=schedule, LEARNING_RATE=1e-3, EPOCHS=epochs, BATCH_SIZE=256), None, []
+    for epoch in range(1, epochs + 1):
+        state, metrics = run_epoch(fit, epoch, state)
+        rates.append(metrics["learning_rate"])
+    assert state is not None
+    return [*rates, state["optimizer"]["param_groups"][0]["lr"]]
+
+
+def test_a_constant_learning_rate_stays_as_it_is() -> None:
+    assert learning_rates("constant", 2) == [1e-3] * 3
+
+
+def test_a_cosine_falls_from_the_learning_rate_to_zero_over_all_epochs() -> None:
+    assert learning_rates("cosine", 4) == pytest.approx(
+        [0.5e-3 * (1 + math.cos(math.pi * part)) for part in (0, 1 / 4, 1 / 2, 3 / 4, 1)], abs=1e-9
+    )
+
+
+def test_one_cycle_rises_to_the_learning_rate_and_falls_to_nearly_nothing() -> None:
+    *rates, _ = learning_rates("one_cycle", 10)  # what comes after its last step is used by nobody
+    assert rates[0] == pytest.approx(1e-3 / 25) and rates[-1] < 1e-3 / 25
+    assert max(rates) == rates[3] == pytest.approx(1e-3, rel=0.02)  # after three tenths of the steps
+    assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True)
 
 
 def test_train_loop_returns_the_mean_per_sample_with_uneven_batches() -> None:
