@@ -86,7 +86,8 @@ class ExperimentResult:
         if self.final:
             test = f"test accuracy {self.final.accuracy:.4f}, loss {self.final.loss:.4f}"
         folds = f"{len(self.folds)} folds"
-        if summary := self.cross_validation:
+        summary = self.cross_validation
+        if summary:
             folds += f": accuracy {summary['accuracy_mean']:.4f} ± {summary['accuracy_std']:.4f} (standard deviation)"
         return f"ExperimentResult in {self.run_dir}\n  {test}\n  {folds}"
 

@@ -112,7 +112,8 @@ class WandbRuns:
         finally:
             self._surroundings.close()
             self._delete_leftovers()
-        if exception_type is not None and (command := self.upload_command()):
+        command = self.upload_command()
+        if exception_type is not None and command is not None:
             say(f"\nW&B: upload the runs with\n  {command}")
 
     def log_epoch(self, fit_name: str, metrics: dict[str, Any]) -> None:
