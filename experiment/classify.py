@@ -100,7 +100,7 @@ def load_trained(run_dir: Path, network: str | None = None) -> TrainedNetwork:
     if not is_still(trained, model_class):
         raise ConfigurationError(
             f"{name} is another network by now than the one that was trained in {where}, though the weights fit: undo "
-            "what was edited, or name the class that was trained, as in --network file.py:Class"
+            "what was edited, or name the class that was trained, as in --network file.py:Class, or another run: --run"
         )
     return TrainedNetwork(built, mean, std, mirror, class_names)
 
@@ -208,14 +208,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _classify(given: Any) -> None:
-    trained = load_trained(_run_dir(given.run, given.runs_dir), given.network)
+    run_dir = _run_dir(given.run, given.runs_dir)
+    trained = load_trained(run_dir, given.network)
+    say(f"The final network of {path_from_here(run_dir)} says:")
     images = [read_picture(Path(path), given.invert) for path in given.pictures]
     for path, image in zip(given.pictures, images, strict=True):
         if looks_inverted(image):
-            advice = "leave --invert out" if given.invert else "try --invert"
-            warn(f"{path} looks dark on light, but the network knows light on dark: {advice}.")
+            warn(f"{path} {_advice_on_ground(given.invert)}.")
     for path, probabilities in zip(given.pictures, trained.probabilities(torch.stack(images)), strict=True):
         say(answer_text(path, probabilities, trained.class_names))
+
+
+def _advice_on_ground(inverted: bool) -> str:
+    if inverted:
+        return "looks light on dark already, as the network knows it: leave --invert out"
+    return "looks dark on light, but the network knows light on dark: try --invert"
 
 
 def _run_dir(name: str | None, runs_dir: Path | None) -> Path:

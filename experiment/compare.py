@@ -25,7 +25,7 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -273,7 +273,7 @@ def _named(name: str, text: str) -> list[str]:
 def _layer_texts(found: list[Difference]) -> list[str]:
     """Return what became of layers, and of how many, where several were changed alike."""
     counts = Counter(difference.text for difference in found if difference.name == "layer")
-    return [text if count == 1 else f"{count} × {text}" for text, count in counts.items()]
+    return [text if count == 1 else f"{text}, {count} times" for text, count in counts.items()]
 
 
 def _effect_lines(comparison: Comparison) -> list[str]:
@@ -445,8 +445,9 @@ def text_of_overview(overview: Overview) -> str:
     about = f"{identity.dataset}, {identity.folds} folds, RNG_SEED {identity.rng_seed}"
     lines += _wrapped(f"{overview.chosen}; {about}" if overview.chosen else about, indent=2)
     lines += ["", _heading()]
+    shared = Counter(text for each in overview.comparisons for text in _texts_of(each.differences))
     for place, row in enumerate(overview.rows):
-        lines += _row_lines(row, is_best=place == 0)
+        lines += _row_lines(row, shared, is_best=place == 0)
     lines += ["", *_closing_lines(overview), *[line for note in overview.notes for line in _wrapped(note)]]
     return _printable("\n".join(lines))
 
@@ -456,7 +457,7 @@ def _heading() -> str:
     return f"{'':8}{'accuracy':>8}{columns}{'loss':>8}{columns}{'took':>8}"
 
 
-def _row_lines(row: Row, is_best: bool) -> list[str]:
+def _row_lines(row: Row, shared: Counter[str], is_best: bool) -> list[str]:
     when, time = _when(row.run.started)
     mark = "*" if is_best else " "
     first = f"{mark} {when:<6}"
@@ -464,7 +465,7 @@ def _row_lines(row: Row, is_best: bool) -> list[str]:
         first += f"{_mean_of(row.run, figure):>8.4f}{_difference_columns(row, figure)}"
     took = format_seconds(row.run.seconds)
     first += f"{'>' + took if row.run.resumed else took:>8}"
-    below = _wrapped(_what_differs(row), indent=8)
+    below = _wrapped(_what_differs(row, shared), indent=8)
     if time:
         below[0] = f"  {time:<6}{below[0][8:]}"
     return [first, *below]
@@ -498,12 +499,15 @@ def _difference_columns(row: Row, figure: str) -> str:
     return f"{_signed(effect.mean) + ' ± ' + format(effect.error, '.4f'):>17} {shown:>6}"
 
 
-def _what_differs(row: Row) -> str:
-    """Return what differs from the first run, in at most two lines or so, and what that is told to have done."""
+def _what_differs(row: Row, shared: Counter[str]) -> str:
+    """Return what differs from the first run, in at most two lines or so, and what that is told to have done.
+
+    What few rows share comes first: what all have in common tells none from another.
+    """
     if row.comparison is None:
         text = "the one that all are compared with"
     else:
-        text = changes_text(row.comparison.differences, CHANGES_ROOM)
+        text = changes_text(row.comparison.differences, CHANGES_ROOM, shared)
     if not _has_a_stamp(row.run.path):
         text = f"{row.run.path.name}: {text}"
     if row.run.diverged:
@@ -517,12 +521,28 @@ def _has_a_stamp(path: Path) -> bool:
     return re.search(r"-\d{8}-\d{6}(-\d+)?$", path.name) is not None
 
 
-def changes_text(found: list[Difference], room: int) -> str:
-    """Return what differs as one text that takes about so much room; what finds none is counted."""
+def _texts_of(found: list[Difference]) -> list[str]:
+    """Return each difference as a text, layers last."""
+    texts = [f"{difference.name} {difference.text}" for difference in found if difference.name != "layer"]
+    return texts + _layer_texts(found)
+
+
+def changes_text(found: list[Difference], room: int, shared: Mapping[str, int] | None = None) -> str:
+    """Return what differs as one text that takes about so much room; what finds none is counted.
+
+    Parameters
+    ----------
+    found : list of Difference
+    room : int
+        In characters.
+    shared : mapping of str to int, optional
+        How many runs have each of the texts; those of the fewest come first.
+    """
     if not found:
         return "a repetition"
-    texts = [f"{difference.name} {difference.text}" for difference in found if difference.name != "layer"]
-    texts += _layer_texts(found)
+    texts = _texts_of(found)
+    if shared is not None:
+        texts.sort(key=lambda text: shared[text])
     shown = [textwrap.shorten(texts[0], room, placeholder=" …")]
     for text in texts[1:]:
         if len(", ".join([*shown, text])) > room:

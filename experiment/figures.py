@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
+LARGE_RANGE = 20  # of the largest loss to the smallest, from which on their scale is logarithmic
 MOST_OF_THE_TIME = 0.01  # that may go into drawing while the fits learn
 SCRIPTS = ("main_cnn.py", "main_tutorial.py")
 CAPTIONS = {
@@ -126,6 +127,8 @@ def draw_learning_curves(histories: dict[str, History]) -> "Figure":
             label = "final fit: training, on all images"
             panel.plot(epochs, final, color="black", linestyle="--", linewidth=1.3, marker=".", label=label)
         panel.set(title=quantity, xlabel="epoch", ylabel=f"{quantity} ({unit})")
+        if quantity == "loss":
+            _show_small_losses(panel)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     if max((len(history) for history in histories.values()), default=0) == 1:
@@ -133,6 +136,13 @@ def draw_learning_curves(histories: dict[str, History]) -> "Figure":
             panel.set(xlim=(0.5, 1.5), xticks=[1])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _show_small_losses(panel: "Axes") -> None:
+    """Make the scale logarithmic where the largest loss would press the smallest, and the gap in it, to the floor."""
+    losses = [loss for line in panel.get_lines() for loss in np.asarray(line.get_ydata()) if np.isfinite(loss)]
+    if losses and 0 < LARGE_RANGE * min(losses) < max(losses):
+        panel.set_yscale("log")
 
 
 def _plot_folds(panel: "Axes", curves: list[list[float]], colour: str) -> None:
@@ -156,7 +166,7 @@ def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
     plot.set(ylim=(-0.6, len(classes) - 0.3), title="How well each class is recognised")
     plot.set(xlabel="F1 score (1 is best)", ylabel="class")
     plot.grid(alpha=0.3)
-    plot.legend(loc="upper left")
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

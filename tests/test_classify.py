@@ -17,6 +17,7 @@ from data_utils import load_dataset
 from experiment.classify import load_trained, looks_inverted, main, read_picture
 from experiment.errors import ConfigurationError
 from experiment.results import ExperimentResult
+from experiment.run_directory import path_from_here
 
 OWN = "from models import ConvolutionalNeuralNetwork\n\nclass Own(ConvolutionalNeuralNetwork):\n    pass\n"
 
@@ -54,7 +55,8 @@ def test_the_command_prints_a_line_a_picture_with_three_classes(
     for number, path in enumerate(paths):
         save_digit(Path(path), number)
     main([*paths, "--run", run_dir.name[-10:], "--runs-dir", str(run_dir.parent)])
-    lines = capsys.readouterr().out.splitlines()
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading == f"The final network of {path_from_here(run_dir)} says:"
     assert [line.split(": ")[0] for line in lines] == paths
     assert all(line.count("class ") == 3 and line.count(" %") == 3 for line in lines)
 
@@ -211,7 +213,7 @@ def test_the_command_answers_in_a_process_of_its_own(run_dir: Path, tmp_path: Pa
     save_digit(tmp_path / "digit.png")
     process = start_python(tmp_path, "-m", "experiment.classify", "digit.png", "--runs-dir", "runs")
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "") and output.startswith("digit.png: class ")
+    assert (process.returncode, errors) == (0, "") and "\ndigit.png: class " in output
 
 
 def test_help_says_what_it_does_and_imports_no_library_for_pictures() -> None:

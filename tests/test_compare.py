@@ -216,7 +216,7 @@ def test_layers_that_changed_alike_are_counted_in_one_line(tmp_path: Path) -> No
     printed = PRINTED.replace("\n  )\n", "\n    (3): ReLU()\n  )\n")
     old = make_run(tmp_path / "old", network={"printed": printed})
     text = compared(old, make_run(tmp_path / "new", network={"printed": printed.replace("ReLU", "Tanh")}))
-    assert text.splitlines()[1] == "  layer          2 × ReLU() → Tanh()"
+    assert text.splitlines()[1] == "  layer          ReLU() → Tanh(), 2 times"
 
 
 def test_of_a_network_that_differs_in_very_many_layers_six_are_shown(tmp_path: Path) -> None:
@@ -329,6 +329,19 @@ def test_what_differs_stands_below_a_row_with_what_is_told_of_it(evening: list[P
     text = "\n".join(lines)
     assert "the one that all are compared with" in text and "a repetition" in text
     assert "network answers otherwise (its code or initialisation)" in text
+
+
+def test_what_tells_a_row_from_the_others_comes_first(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"epochs": 3, "batch_size": 32}
+    paths = [
+        make_run(tmp_path / "first"),
+        make_run(tmp_path / "second", NOISE, **shared),
+        make_run(tmp_path / "third", BETTER, **shared, learning_rate=0.01),
+    ]
+    first, *others = [read_run(path) for path in paths]
+    text = " ".join(overview_of(first, others).text.split())
+    assert "second: EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
+    assert "third: LEARNING_RATE 0.001 → 0.01, EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
 
 
 def test_every_line_of_an_overview_fits_into_80_columns(

@@ -97,6 +97,15 @@ def test_the_learning_curves_are_each_fold_their_mean_and_the_final_fit_after_ea
     assert panel.get_ylabel().startswith(f"{quantity} (")
 
 
+def test_losses_that_became_very_small_are_drawn_on_a_logarithmic_scale() -> None:
+    scales = {}
+    for last in (0.05, 0.04):
+        losses = {"train/loss": 0.5, "validation/loss": last, "train/accuracy": 0.5, "validation/accuracy": 0.5}
+        panels = draw_learning_curves({"fold-1": [losses | {"train/loss": 1.0}, losses]}).axes
+        scales[last] = [panel.get_yscale() for panel in panels]
+    assert scales == {0.05: ["linear", "linear"], 0.04: ["log", "linear"]}
+
+
 def test_the_legend_says_once_what_each_kind_of_curve_is(figures: dict[str, "Figure"]) -> None:
     (legend,) = figures["learning_curves.png"].legends
     colours = {BLUE: "training", ORANGE: "validation", "black": "training"}
@@ -157,8 +166,7 @@ def test_each_class_has_a_dot_for_each_fold_and_a_diamond_for_the_test_at_its_he
 
 def test_the_figure_of_the_classes_says_what_its_marks_are(figures: dict[str, "Figure"]) -> None:
     (plot,) = figures["per_class.png"].axes
-    legend = plot.get_legend()
-    assert legend is not None
+    (legend,) = figures["per_class.png"].legends  # beside the plot: over it, it would hide folds
     assert [text.get_text() for text in legend.texts] == ["each fold, on its own part", "final, on the test images"]
     assert (plot.get_title(), plot.get_xlabel(), plot.get_ylabel()) == (
         "How well each class is recognised",

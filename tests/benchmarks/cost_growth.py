@@ -5,6 +5,7 @@ training images one at a time. Prints the wall time of each, start-up included, 
 and how far from it the farthest is, and the most memory a worker took.
 """
 
+import argparse
 import contextlib
 import threading
 import time
@@ -37,6 +38,7 @@ class WorkerMemory(threading.Thread):
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     memory, cores = WorkerMemory(), joblib.cpu_count()
     print(f"{cores} cores; unless varied: {IMAGES} training images, 5 folds, 2 epochs, {cores} workers")
     for name, values in {
