@@ -143,6 +143,7 @@ def _show_small_losses(panel: "Axes") -> None:
     losses = [loss for line in panel.get_lines() for loss in np.asarray(line.get_ydata()) if np.isfinite(loss)]
     if losses and 0 < LARGE_RANGE * min(losses) < max(losses):
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
 
 
 def _plot_folds(panel: "Axes", curves: list[list[float]], colour: str) -> None:
