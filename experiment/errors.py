@@ -134,8 +134,8 @@ def _signals_as_exceptions() -> Iterator[None]:
     def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     # Ignored, as under nohup and behind `&` in a script; or of a program around us that Python knows nothing of.
     left_alone = (signal.SIG_IGN, None)
     previous = {number: handler for number, handler in handlers.items() if handler not in left_alone}
