@@ -173,12 +173,14 @@ def compare(before: PastRun, after: PastRun) -> Comparison:
     folds = after.identity.folds
     effects = {}
     for figure in FIGURES:
-        old, new = [getattr(one, figure) for one, _ in pairs], [getattr(other, figure) for _, other in pairs]
+        old = [getattr(one, figure) for one, _ in pairs]
+        new = [getattr(other, figure) for _, other in pairs]
         effects[figure] = Effect(figure, old, new, *paired_difference(old, new, folds))
     f1 = {}
     for name in pairs[0][0].f1:
         if all(name in fold.f1 for pair in pairs for fold in pair):
-            old, new = [one.f1[name] for one, _ in pairs], [other.f1[name] for _, other in pairs]
+            old = [one.f1[name] for one, _ in pairs]
+            new = [other.f1[name] for _, other in pairs]
             f1[name] = Effect(name, old, new, *paired_difference(old, new, folds))
     return Comparison(before, after, differences(before, after), effects, f1)
 

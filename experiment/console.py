@@ -40,7 +40,7 @@ class Progress:
         self._started = time.monotonic()
         self._done_before = 0  # epochs of an earlier attempt, which took none of the time since then
         hidden = sys.stderr is None or not sys.stderr.isatty()
-        total = epochs * len(self.histories)
+        total = self._epochs_in_all()
         self._bar = tqdm(total=total, disable=hidden, dynamic_ncols=True, smoothing=0, bar_format=BAR)
 
     def begin(self, histories: dict[str, History], diverged: Iterable[str] = ()) -> None:
@@ -53,7 +53,7 @@ class Progress:
             self.histories[name] = list(history)
         self._done_before = self._epochs_done()
         self._bar.initial = self._bar.n = self._done_before
-        self._count_what_is_to_do()
+        self._bar.total = self._epochs_in_all()
         self._print_new_rows()
 
     def step(self, fit_name: str, metrics: dict[str, float], diverged: bool = False) -> bool:
@@ -61,22 +61,23 @@ class Progress:
         self.histories[fit_name].append(metrics)
         if diverged:
             self._diverged.add(fit_name)
-            self._count_what_is_to_do()
+            self._bar.total = self._epochs_in_all()
         self._bar.set_postfix_str(_latest(fit_name, metrics), refresh=False)
         with contextlib.suppress(OSError):  # the terminal is gone
             self._bar.update()
         return self._print_new_rows()
 
-    def _count_what_is_to_do(self) -> None:
-        """Let the bar end where all fits do: one that diverged is trained no further."""
+    def _epochs_in_all(self) -> int:
+        """Return how many epochs all fits will have done at the end: one that diverged is trained no further."""
         given_up = sum(self._epochs - len(self.histories[name]) for name in self._diverged)
-        self._bar.total = self._epochs * len(self.histories) - given_up
+        return self._epochs * len(self.histories) - given_up
 
     def _epochs_done(self) -> int:
         return sum(len(history) for history in self.histories.values())
 
     def _print_new_rows(self) -> bool:
-        folds = [history for name, history in self.histories.items() if name != "final" and name not in self._diverged]
+        makes_no_row = {"final", *self._diverged}
+        folds = [history for name, history in self.histories.items() if name not in makes_no_row]
         rows_before = self._rows
         while folds and min(len(history) for history in folds) > self._rows:
             epoch = [history[self._rows] for history in folds]

@@ -140,8 +140,9 @@ def draw_learning_curves(histories: dict[str, History]) -> "Figure":
 
 def _show_small_losses(panel: "Axes") -> None:
     """Make the scale logarithmic where the largest loss would press the smallest, and the gap in it, to the floor."""
-    losses = [loss for line in panel.get_lines() for loss in np.asarray(line.get_ydata()) if np.isfinite(loss)]
-    if losses and 0 < LARGE_RANGE * min(losses) < max(losses):
+    losses = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.get_lines()])
+    finite = losses[np.isfinite(losses)]
+    if finite.size and 0 < LARGE_RANGE * finite.min() < finite.max():
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
 

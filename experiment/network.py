@@ -320,16 +320,18 @@ def _answer_to_one_image(network: nn.Module, device: torch.device, precision: to
 
 def _same_twice(model_class: Callable[[], nn.Module]) -> str | None:
     """Build a network twice; return what is wrong if what is trained in one is trained in the other."""
-    networks = [build_network(model_class, CPU) for _ in range(2)]  # both at once: no memory is used again
-    one, other = (
-        {each.data_ptr() for each in net.parameters() if each.requires_grad and each.numel()} for net in networks
-    )
-    if one & other:
+    one, other = build_network(model_class, CPU), build_network(model_class, CPU)  # at once: no memory is used again
+    if _memory_of_what_is_trained(one) & _memory_of_what_is_trained(other):
         return (
             "is the same network, or has the same weights, when it is built a second time, so that each fit would go "
             "on from the last one's: build all of it in the function that returns it"
         )
     return None
+
+
+def _memory_of_what_is_trained(network: nn.Module) -> set[int]:
+    """Return where in memory the weights lie that are trained."""
+    return {each.data_ptr() for each in network.parameters() if each.requires_grad and each.numel()}
 
 
 def _save_and_load(network: nn.Module, model_class: Callable[[], nn.Module], device: torch.device) -> str | None:
@@ -505,6 +507,7 @@ def _users_own_modules() -> list[ModuleType]:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         is_here = isinstance(module, ModuleType) and module.__name__ == name
-        if file and is_here and name.partition(".")[0] not in PROGRAM and not str(file).startswith(installed):
+        is_of_program = name.partition(".")[0] in PROGRAM
+        if file and is_here and not is_of_program and not str(file).startswith(installed):
             own.append(module)
     return own

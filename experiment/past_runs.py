@@ -211,7 +211,10 @@ def finished_runs(runs_dir: Path) -> list[PastRun]:
 
 
 def _folders_in(runs_dirs: Sequence[Path]) -> list[Path]:
-    return [path for runs_dir in runs_dirs for path in sorted(runs_dir.glob("*")) if path.is_dir()]
+    folders = []
+    for runs_dir in runs_dirs:
+        folders += [path for path in sorted(runs_dir.glob("*")) if path.is_dir()]
+    return folders
 
 
 def find_run(name: str, *runs_dirs: Path) -> PastRun:

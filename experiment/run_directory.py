@@ -56,29 +56,25 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{path_from_here(runs_dir)} cannot be written ({error.strerror}). Mend that.") from None
         if not self.resumed:
-            self._config = settings | {"identity": identity, "wandb_id": uuid.uuid4().hex[:8]}
-            self.save("config.json", _to_json(self._config))
-        self.wandb_id: str = self._config["wandb_id"]
+            self.wandb_id: str = uuid.uuid4().hex[:8]
+            self.save("config.json", _to_json(settings | {"identity": identity, "wandb_id": self.wandb_id}))
 
     def _find_unfinished(self, runs_dir: Path, stem: str, identity: dict[str, Any]) -> Path | None:
         begun = [path for path in runs_dir.glob("*/config.json") if path.parent.name.startswith(f"{stem}-")]
         for path in sorted(begun, key=_when_changed, reverse=True):
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                is_same = config["wandb_id"] and _same_identity(config["identity"], identity)
+                content = path.read_bytes()
+                config = json.loads(content.decode())
+                wandb_id, is_same = config["wandb_id"], _same_identity(config["identity"], identity)
             except (OSError, ValueError, LookupError, TypeError):  # not written by this program, or by another version
                 continue
-            if is_same and self._lock_unfinished(path.parent):
-                self._take_over(path, config)
+            if wandb_id and is_same and self._lock_unfinished(path.parent):
+                self.wandb_id = wandb_id
+                self._files[path.name] = content
+                for leftover in path.parent.glob(".*.unfinished"):
+                    leftover.unlink()
                 return path.parent
         return None
-
-    def _take_over(self, path: Path, config: dict[str, Any]) -> None:
-        """Go on with what an earlier attempt has left."""
-        self._config = config
-        self._files["config.json"] = path.read_bytes()
-        for leftover in path.parent.glob(".*.unfinished"):
-            leftover.unlink()
 
     def _lock_unfinished(self, path: Path) -> bool:
         if (path / "results.json").exists():

@@ -112,8 +112,8 @@ class WandbRuns:
         finally:
             self._surroundings.close()
             self._delete_leftovers()
-        command = self.upload_command()
-        if exception_type is not None and command is not None:
+        command = None if exception_type is None else self.upload_command()
+        if command:
             say(f"\nW&B: upload the runs with\n  {command}")
 
     def log_epoch(self, fit_name: str, metrics: dict[str, Any]) -> None:

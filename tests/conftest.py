@@ -245,6 +245,12 @@ def cnn_result(tmp_path_factory: pytest.TempPathFactory) -> ExperimentResult:
     return run_once(main_cnn, tmp_path_factory.mktemp("cnn"), WORKERS=2)
 
 
+@pytest.fixture
+def run_dir(cnn_result: ExperimentResult, tmp_path: Path) -> Path:
+    """This test's own copy of the CNN's run, the only one in its folder."""
+    return Path(shutil.copytree(cnn_result.run_dir, tmp_path / "runs" / cnn_result.run_dir.name))
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of the tutorial with SETTINGS computes when nothing happens to it."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +19,6 @@ from experiment.results import ExperimentResult
 from experiment.run_directory import path_from_here
 
 OWN = "from models import ConvolutionalNeuralNetwork\n\nclass Own(ConvolutionalNeuralNetwork):\n    pass\n"
-
-
-@pytest.fixture
-def run_dir(cnn_result: ExperimentResult, tmp_path: Path) -> Path:
-    """This test's own copy of a run."""
-    return Path(shutil.copytree(cnn_result.run_dir, tmp_path / "runs" / cnn_result.run_dir.name))
 
 
 def save_digit(path: Path, number: int = 0) -> np.ndarray:

@@ -171,11 +171,11 @@ def options(page: Path) -> Iterator[str]:
 
 def marked(parameters: list[Any]) -> list[Any]:
     """Mark the benchmarks' options as slow: to ask for their help takes seconds each, for what they import."""
-    of_benchmarks = ["tests/benchmarks/" in parameter.values[1] for parameter in parameters]
-    return [
-        pytest.param(*parameter.values, id=parameter.id, marks=[pytest.mark.slow] if is_slow else [])
-        for parameter, is_slow in zip(parameters, of_benchmarks, strict=True)
-    ]
+    found = []
+    for parameter in parameters:
+        marks = [pytest.mark.slow] if "tests/benchmarks/" in parameter.values[1] else []
+        found.append(pytest.param(*parameter.values, id=parameter.id, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("page", "option"), marked(found(options)))

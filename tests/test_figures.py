@@ -239,7 +239,7 @@ def test_mistakes_stand_six_in_a_row_and_none_is_left_out() -> None:
     axes = make_figures(result)["mistakes.png"].axes
     assert [bool(plot.images) for plot in axes] == [True] * 7 + [False] * 5
     assert not any(plot.axison for plot in axes)
-    assert axes[6].get_subplotspec().rowspan.start == 1  # type: ignore[union-attr]
+    assert axes[6].get_subplotspec().rowspan.start == 1  # type: ignore[union-attr]  # all have one
 
 
 def test_a_network_without_a_mistake_has_a_figure_that_says_so(result: ExperimentResult) -> None:

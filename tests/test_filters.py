@@ -1,6 +1,5 @@
 """docs/filters.py: what it draws, where it says that the picture lies, and what it never writes over."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import DATA_DIR, REPOSITORY
 
-from experiment.results import ExperimentResult
-
 
 def run_filters(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "docs" / "filters.py"), *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture
-def run_dir(cnn_result: ExperimentResult, tmp_path: Path) -> Path:
-    """This test's own copy of a run."""
-    return Path(shutil.copytree(cnn_result.run_dir, tmp_path / cnn_result.run_dir.name))
 
 
 def test_the_picture_of_the_filters_lies_in_the_runs_folder_and_nowhere_else(run_dir: Path) -> None:

@@ -81,7 +81,7 @@ def plain_answers(model_class: Callable[[], nn.Module]) -> list[float]:
 
 def test_a_constant_that_was_set_in_memory_reaches_the_workers(module: ModuleType, pool: WorkerProcesses) -> None:
     before = plain_answers(module.Own)
-    module.SCALE = 0.01  # type: ignore[attr-defined]
+    module.SCALE = 0.01  # type: ignore[attr-defined]  # of the test's own module, which mypy does not see
     assert not same_answers(tried_in(pool, module.Own).answers, before)
 
 
