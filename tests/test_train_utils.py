@@ -3,12 +3,13 @@
 import copy
 import io
 import math
-import os
 import pickle
 import platform
 import random
-import subprocess
+import re
+import resource
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,14 +18,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, REPOSITORY, make_fit, slow
+from conftest import DATA_DIR, make_fit, slow
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import Batches, cached_dataset, pixel_statistics, split
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from train_utils import Failure, State, attempt, build_network, run_epoch, seed_of, test_loop, train_loop
+from train_utils import (
+    Failure,
+    Pickled,
+    State,
+    attempt,
+    build_network,
+    run_epoch,
+    seed_of,
+    test_loop,
+    threads_and_seed,
+    train_loop,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,29 +63,21 @@ def test_run_epoch_leaves_the_state_it_is_given_as_it_is() -> None:
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns freed memory so eagerly")
 def test_memory_that_tensors_free_after_an_epoch_began_is_kept_for_the_next_ones() -> None:
-    code = """
-import resource, torch
-from conftest import make_fit
-from train_utils import run_epoch
-run_epoch(make_fit(name="final"), 1, None)
-pages = []
-for _ in range(5):
-    tensors = [torch.ones(7_500_000) for _ in range(4)]
-    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    del tensors
-print(pages[-1] - pages[-2])
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
-    pages = int(subprocess.check_output([sys.executable, "-c", code], env=environment))
-    assert pages < 1000  # if they are new, it takes 29,000 for these 120 MB
+    run_epoch(make_fit(name="final"), 1, None)
+    new_pages = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(7_500_000) for _ in range(4)]
+        new_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        del tensors
+    assert new_pages[-1] < 1000  # if they are new, it takes 29,000 for these 120 MB
 
 
 def learning_rates(schedule: str, epochs: int) -> list[float]:
-    """Return the learning rate at the start of each epoch of a fit with a peak of 1e-3, and that after the last."""
-    fit, state, rates = make_fit(LR_SCHEDULE=schedule, LEARNING_RATE=1e-3, EPOCHS=epochs, BATCH_SIZE=256), None, []
+    """Return the learning rate at the start of each epoch of a fit with a peak of 2e-3, and that after the last."""
+    fit, state, rates = make_fit(LR_SCHEDULE=schedule, LEARNING_RATE=2e-3, EPOCHS=epochs, BATCH_SIZE=256), None, []
     for epoch in range(1, epochs + 1):
         state, metrics = run_epoch(fit, epoch, state)
         rates.append(metrics["learning_rate"])
@@ -81,19 +86,19 @@ def learning_rates(schedule: str, epochs: int) -> list[float]:
 
 
 def test_a_constant_learning_rate_stays_as_it_is() -> None:
-    assert learning_rates("constant", 2) == [1e-3] * 3
+    assert learning_rates("constant", 2) == [2e-3] * 3
 
 
 def test_a_cosine_falls_from_the_learning_rate_to_zero_over_all_epochs() -> None:
     assert learning_rates("cosine", 4) == pytest.approx(
-        [0.5e-3 * (1 + math.cos(math.pi * part)) for part in (0, 1 / 4, 1 / 2, 3 / 4, 1)], abs=1e-9
+        [1e-3 * (1 + math.cos(math.pi * part)) for part in (0, 1 / 4, 1 / 2, 3 / 4, 1)], abs=1e-9
     )
 
 
 def test_one_cycle_rises_to_the_learning_rate_and_falls_to_nearly_nothing() -> None:
     *rates, _ = learning_rates("one_cycle", 10)  # what comes after its last step is used by nobody
-    assert rates[0] == pytest.approx(1e-3 / 25) and rates[-1] < 1e-3 / 25
-    assert max(rates) == rates[3] == pytest.approx(1e-3, rel=0.02)  # after three tenths of the steps
+    assert rates[0] == pytest.approx(2e-3 / 25) and rates[-1] < 2e-3 / 25
+    assert max(rates) == rates[3] == pytest.approx(2e-3, rel=0.02)  # after three tenths of the steps
     assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True)
 
 
@@ -142,6 +147,48 @@ def test_with_mirror_a_fit_is_evaluated_on_mirror_images_too(name: str) -> None:
     )
     if name != "final":
         assert metrics["validation/loss"] == evaluation[0]
+
+
+@pytest.mark.parametrize("change", [{}, {"MIRROR": True}, {"PRECISION": "bfloat16"}, {"LEARNING_RATE": 0.01}])
+def test_an_epoch_is_what_its_steps_give_when_they_are_written_out(change: dict[str, Any]) -> None:
+    fit = make_fit(EPOCHS=1, **change)
+    state, metrics = run_epoch(fit, 1, None)
+    images, labels = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out_mask)[0]
+    mean, std = pixel_statistics(images)
+    losses, correct = [], 0
+    with threads_and_seed(fit.threads, seed_of(fit, 1), CPU):
+        batches = Batches(images, labels, fit.batch_size, mean, std, CPU, training=True, mirror=fit.mirror)
+        model = NeuralNetwork()
+        optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
+        for batch, answers in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=fit.precision == "bfloat16"):
+                logits = model(batch)
+            loss = nn.CrossEntropyLoss()(logits.float(), answers)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [loss.item()] * len(answers)
+            correct += int((logits.argmax(1) == answers).sum())
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    assert metrics["train/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert metrics["train/accuracy"] == correct / len(losses)
+
+
+def test_the_metrics_of_an_epoch_have_the_names_under_which_they_are_logged() -> None:
+    training = ["epoch", "learning_rate", "train/accuracy", "train/loss"]
+    for name, of_fit in (("fold-1", ["validation/accuracy", "validation/loss"]), ("final", [])):
+        fit = make_fit(name=name, EPOCHS=2)
+        state, first = run_epoch(fit, 1, None)
+        _, last = run_epoch(fit, 2, state)
+        assert sorted(first) == sorted([*training, *of_fit]) and sorted(last) == sorted([*first, "evaluation"])
+        assert (first["epoch"], last["epoch"]) == (1, 2)
+
+
+def test_the_validation_accuracy_is_the_share_of_right_answers() -> None:
+    _, metrics = run_epoch(make_fit(EPOCHS=1), 1, None)
+    _, labels, probabilities = metrics["evaluation"]
+    right = sum(int(label == np.argmax(row)) for label, row in zip(labels, probabilities, strict=True))
+    assert metrics["validation/accuracy"] == right / len(labels) > 0.5
 
 
 @pytest.mark.parametrize("change", [{"LR_SCHEDULE": "cosine"}, {"LR_SCHEDULE": "one_cycle"}, {"MIRROR": True}])
@@ -353,6 +400,7 @@ def test_each_fit_and_epoch_has_a_seed_of_its_own() -> None:
     assert [fit.number for fit in fits] == [0, 1, 2, 3, 4, 5]
     seeds = {seed_of(replace(fit, rng_seed=rng_seed), epoch) for fit in fits for epoch in (1, 2) for rng_seed in (0, 1)}
     assert len(seeds) == 6 * 2 * 2
+    assert 2**62 < max(seeds) < 2**64  # all 64 bits, so that no two of a thousand are alike by chance
 
 
 def test_the_seed_is_made_of_rng_seed_number_and_epoch_alone() -> None:
@@ -414,7 +462,10 @@ def test_a_failure_of_another_process_names_the_lines_where_it_happened() -> Non
 
     failure = pickle.loads(pickle.dumps(attempt(fail)))
     assert isinstance(failure.error, FileNotFoundError) and failure.error.filename == "nowhere"
-    assert 'raise FileNotFoundError(2, "as planned", "nowhere")' in failure.error.__notes__[0]
+    heading, *places = failure.error.__notes__[0].splitlines()
+    assert heading == "In a worker process, most recent call last:"
+    assert re.fullmatch(f'  File "{re.escape(__file__)}", line \\d+, in fail', places[-2])
+    assert places[-1] == '    raise FileNotFoundError(2, "as planned", "nowhere")'
 
 
 def test_an_exception_that_cannot_be_pickled_comes_back_in_words() -> None:
@@ -425,17 +476,120 @@ def test_an_exception_that_cannot_be_pickled_comes_back_in_words() -> None:
         raise Own("as planned")
 
     error = pickle.loads(pickle.dumps(attempt(fail))).error
-    assert type(error) is RuntimeError and "Own: as planned" in str(error)
+    assert type(error) is RuntimeError and str(error).endswith("Own: as planned")
 
 
-def test_a_hook_on_a_relu_in_front_of_a_pooling_is_called_with_what_it_would_see() -> None:
+def test_a_network_that_ends_the_process_is_a_failure_that_says_so() -> None:
+    failure = attempt(sys.exit, 3)
+    assert isinstance(failure, Failure) and str(failure.error) == "the network called sys.exit(3)"
+    assert traceback.extract_tb(failure.error.__traceback__)  # so that one can see where
+
+
+def test_a_pickled_function_is_called_with_its_arguments() -> None:
+    assert Pickled(pickle.dumps(divmod))(7, 2) == (3, 1)
+
+
+@pytest.mark.parametrize(("hooked", "its_outcome"), [(1, "relu"), (2, "relu of pooled")])
+def test_a_hook_on_a_relu_or_the_pooling_behind_it_is_called_with_what_it_would_see(
+    hooked: int, its_outcome: str
+) -> None:
     seen: list[Tensor] = []
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(676, 10))
-    network[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    network[hooked].register_forward_hook(lambda module, inputs, output: seen.append(output))
     built = build_network(lambda: network, CPU)
     images = torch.randn(2, 1, 28, 28)
     built(images)
-    assert len(seen) == 1 and torch.equal(seen[0], network[0](images).relu())
+    expected = network[0](images).relu()
+    if its_outcome == "relu of pooled":
+        expected = nn.functional.max_pool2d(expected, 2)
+    assert len(seen) == 1 and torch.equal(seen[0], expected)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the values that go through a ReLU, by whichever function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        """Call a function of torch."""
+        if function.overloadpacket in (torch.ops.aten.relu, torch.ops.aten.clamp_min, torch.ops.aten.threshold):
+            self.values += arguments[0].numel()
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_relu_in_front_of_a_pooling_has_a_quarter_of_the_work() -> None:
+    def network() -> nn.Module:
+        stack = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 5), nn.ReLU())
+        stack.append(nn.MaxPool2d(2))  # the last of its Sequential
+        return nn.Sequential(stack, nn.Flatten(), nn.Linear(128, 10))
+
+    images, counts = torch.randn(2, 1, 28, 28), []
+    for each in (network(), build_network(network, CPU)):
+        with torch.no_grad(), Counting() as counting:
+            each(images)
+        counts.append(counting.values)
+    plain = 2 * (4 * 24 * 24 + 8 * 8 * 8)
+    assert counts == [plain, plain // 4]
+
+
+class LazyInBothModes(nn.Module):
+    """Has lazy layers, one of which is used in training alone, and statistics that training changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten, self.norm, self.last, self.helper = (
+            nn.Flatten(),
+            nn.LazyBatchNorm1d(),
+            nn.LazyLinear(10),
+            nn.LazyLinear(10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        normed = self.norm(self.flatten(images))
+        return self.last(normed) + self.helper(normed) if self.training else self.last(normed)
+
+
+def test_lazy_layers_have_the_sizes_of_images_before_the_optimizer_asks_for_their_weights() -> None:
+    built = build_network(LazyInBothModes, CPU)
+    assert {name: tuple(weight.shape) for name, weight in built.named_parameters()} == {
+        "norm.weight": (784,),
+        "norm.bias": (784,),
+        "last.weight": (10, 784),
+        "last.bias": (10,),
+        "helper.weight": (10, 784),
+        "helper.bias": (10,),
+    }
+
+
+def test_a_network_without_lazy_layers_is_asked_about_nothing_while_it_is_built() -> None:
+    seen: list[Tensor] = []
+
+    def network() -> nn.Module:
+        layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        layers.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        return layers
+
+    build_network(network, CPU)
+    assert seen == []
+
+
+class ComplexWeights(nn.Module):
+    """Has complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(784, 10, dtype=torch.complex64) / 28)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return (images.flatten(1).to(torch.complex64) @ self.weight).real
+
+
+def test_a_network_with_complex_weights_trains() -> None:
+    assert run_epoch(make_fit(ComplexWeights), 1, None)[1]["train/accuracy"] > 0.3
 
 
 def test_a_scripted_network_trains() -> None:
