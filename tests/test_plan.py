@@ -1,6 +1,9 @@
 """What will be trained and how: precision, threads, workers, the folds."""
 
+import platform
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import main_tutorial
 from data_utils import Dataset, load_dataset, split
 from experiment import plan
 from experiment.errors import ConfigurationError
-from experiment.plan import Plan, digest_of_images, make_fits, make_plan
+from experiment.plan import Plan, describe_machine, digest_of_images, identity_of, make_fits, make_plan, sentence_on
 from experiment.settings import TrainingConfig
 from models import NeuralNetwork
 from train_utils import Fit
@@ -38,6 +41,7 @@ def plan_of(**constants: Any) -> Plan:
         ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
         ({"cpu_name": "Intel Core i7", "avx2": True}, "float32"),
         ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
+        ({"architecture": "aarch64", "sve_bf16": True}, "bfloat16"),
         ({"architecture": "aarch64", "neon": True}, "float32"),
     ],
 )
@@ -53,6 +57,16 @@ def test_where_pytorch_has_no_fast_bfloat16_auto_is_float32(monkeypatch: pytest.
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_bf16": True})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert plan_of(PRECISION="auto").precision == "float32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_auto_is_bfloat16_on_a_gpu_from_ampere_on(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"cuda:0": (1, 0), "cuda:1": capability}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked[device])
+    assert plan_of(DEVICE="cuda:1", PRECISION="auto").precision == precision
 
 
 @pytest.mark.parametrize("cores", [1, 2, 4, 6, 8, 16, 64])
@@ -146,6 +160,33 @@ def folds_problem(dataset: Dataset, folds: int) -> str | None:
     return None
 
 
+def test_every_fit_has_the_settings_of_the_run_and_folds_are_numbered_from_1() -> None:
+    constants: dict[str, Any] = {"DATASET": "MNIST", "FOLDS": 3, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 0.25}
+    constants |= {"LR_SCHEDULE": "cosine", "MIRROR": True, "RNG_SEED": 9, "DATA_DIR": Path("/data")}
+    dataset, planned = numbered([0, 1, 2] * 4), Plan("cuda", "bfloat16", 5, 1, None)
+    fits = make_fits(planned, NeuralNetwork, config_of(**constants), dataset)
+    assert [(fit.name, fit.number) for fit in fits] == [("final", 0), ("fold-1", 1), ("fold-2", 2), ("fold-3", 3)]
+    for fit in fits:
+        assert fit == Fit(
+            name=fit.name,
+            number=fit.number,
+            model_class=NeuralNetwork,
+            dataset="MNIST",
+            data_dir="/data",
+            data_digest=dataset.digest(),
+            held_out_mask=fit.held_out_mask,
+            epochs=4,
+            batch_size=8,
+            learning_rate=0.25,
+            lr_schedule="cosine",
+            mirror=True,
+            rng_seed=9,
+            device="cuda",
+            precision="bfloat16",
+            threads=5,
+        )
+
+
 def test_folds_cover_every_training_image_once() -> None:
     numbers = torch.cat([images[:, 0, 0] for images, _ in parts_held_out(numbered([0, 1, 2] * 20), 4)])
     assert torch.equal(numbers.sort().values.long(), torch.arange(60))
@@ -196,6 +237,7 @@ def test_the_problem_with_the_folds_names_the_smallest_class() -> None:
 
 def test_folds_that_leave_one_image_to_train_on_are_a_problem() -> None:
     assert "FOLDS must leave at least 2 images" in str(folds_problem(numbered([0, 0]), 2))
+    assert folds_problem(numbered([0, 0, 0]), 3) is None
 
 
 @pytest.mark.parametrize("folds", [10**19, 10**30])
@@ -203,7 +245,10 @@ def test_folds_beyond_64_bits_are_a_problem(digits: Dataset, folds: int) -> None
     assert "FOLDS must be at most" in str(folds_problem(digits, folds))
 
 
-@pytest.mark.parametrize(("epochs", "batch_size", "is_refused"), [(1, 100, True), (1, 10, False), (2, 100, False)])
+@pytest.mark.parametrize(  # a last batch of one image is left out
+    ("epochs", "batch_size", "is_refused"),
+    [(1, 100, True), (1, 10, False), (2, 100, False), (1, 20, True), (1, 19, True), (1, 18, False)],
+)
 def test_one_cycle_needs_two_steps(epochs: int, batch_size: int, is_refused: bool) -> None:
     constants = {"LR_SCHEDULE": "one_cycle", "FOLDS": 3, "EPOCHS": epochs, "BATCH_SIZE": batch_size}
     dataset = numbered([0, 1, 2] * 10)
@@ -220,3 +265,62 @@ def test_the_digest_of_the_images_changes_with_the_folds_alone() -> None:
     assert digest == digest_of_images(fits_of(dataset, EPOCHS=3, LEARNING_RATE=0.1, MIRROR=True))
     others = [fits_of(dataset, FOLDS=4), fits_of(dataset, RNG_SEED=1), fits_of(numbered([0, 1, 2] * 21))]
     assert len({digest, *(digest_of_images(fits) for fits in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("epochs", "executor", "expected"),
+    [
+        (1, None, "5 folds and a final fit, 1 epoch each, on cpu in float32, 2 at a time."),
+        (3, "Client", "5 folds and a final fit, 3 epochs each, on cpu in float32, by Client."),
+    ],
+)
+def test_what_will_be_trained_is_said_in_a_sentence(epochs: int, executor: str | None, expected: str) -> None:
+    config = config_of(DATASET="MNIST", EPOCHS=epochs)
+    said = sentence_on(Plan("cpu", "float32", 1, 2, executor), config, "NeuralNetwork", 669706)
+    assert said == f"NeuralNetwork, 669,706 weights, on MNIST: {expected}"
+
+
+def test_the_number_of_workers_is_an_integer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 3)
+    assert str(plan_of().workers) == "3"
+
+
+def test_a_runs_identity_is_all_that_its_results_depend_on_but_the_network() -> None:
+    constants: dict[str, Any] = {"DATASET": "MNIST", "FOLDS": 3, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 0.25}
+    config = config_of(**constants, LR_SCHEDULE="cosine", MIRROR=True, RNG_SEED=9, WORKERS=1, RUNS_DIR="elsewhere")
+    planned = Plan("cpu", "float32", 5, 1, None)
+    fits = make_fits(planned, NeuralNetwork, config, numbered([0, 1, 2] * 4))
+    assert identity_of(planned, config, fits) == {
+        "dataset": "MNIST",
+        "folds": 3,
+        "epochs": 4,
+        "batch_size": 8,
+        "learning_rate": 0.25,
+        "lr_schedule": "cosine",
+        "mirror": True,
+        "rng_seed": 9,
+        "device": "cpu",
+        "precision": "float32",
+        "threads": 5,
+        "torch": torch.__version__,
+        "images": digest_of_images(fits),
+    }
+
+
+@pytest.mark.parametrize(("executor", "workers"), [(None, 2), ("Client", "Client")])
+def test_results_say_when_and_on_which_machine_with_which_versions_they_were_made(
+    executor: str | None, workers: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 4)
+    environment = describe_machine(Plan("cpu", "float32", 5, 2, executor))
+    started, versions = datetime.fromisoformat(environment.pop("started")), environment.pop("versions")
+    assert abs(datetime.now(UTC) - started) < timedelta(minutes=1) and started.microsecond == 0
+    assert environment == {
+        "machine": f"{platform.system()} {platform.machine()}, 4 cores",
+        "device": "cpu",
+        "precision": "float32",
+        "threads_per_fit": 5,
+        "workers": workers,
+    }
+    assert list(versions) == ["python", "torch", "torchvision", "scikit-learn", "wandb", "numpy"]
+    assert versions["python"] == platform.python_version() and versions["numpy"] == np.__version__

@@ -1,5 +1,6 @@
 """The settings: what is accepted, what is refused and how."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import main_cnn
 import main_tutorial
-from experiment.settings import TrainingConfig, read_command_line
+from experiment.settings import TrainingConfig, device_is_here, read_command_line
 
 ORDER = (
     "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE MIRROR RNG_SEED DEVICE PRECISION WORKERS RESUME "
@@ -136,7 +137,7 @@ def test_a_path_of_bytes_is_refused(name: str) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match="EPOCH is no setting"):
         TrainingConfig(**TrainingConfig.from_constants(vars(main_cnn)).to_dict(), epoch=3)  # type: ignore[call-arg]
 
 
@@ -167,6 +168,7 @@ def test_the_configuration_cannot_be_changed() -> None:
         ("--learning-rate=1", {"LEARNING_RATE": 1}),
         ("--resume=False", {"RESUME": False}),
         ("--resume=true", {"RESUME": True}),
+        ("--resume=false", {"RESUME": False}),
         ("--workers=auto", {"WORKERS": "auto"}),
         ("--wandb-project-name=12", {"WANDB_PROJECT_NAME": "12"}),
         ("--data_dir=7", {"DATA_DIR": "7"}),
@@ -185,3 +187,72 @@ def test_every_constant_is_an_option_with_underscores_or_hyphens(monkeypatch: py
         for option in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
             monkeypatch.setattr("sys.argv", ["main_cnn.py", option, "x"])
             assert read_command_line(vars(main_cnn), None) == {name: "x"}
+
+
+def script_with(folder: Path, line: str) -> dict[str, Any]:
+    """Return the constants of a script of one line."""
+    script = folder / "main_own.py"
+    script.write_text(f"import os\n\n{line}\n", encoding="utf-8")
+    name, _, rest = line.partition(" = ")
+    return {"__file__": str(script), name: eval(rest)}
+
+
+def test_help_says_what_the_script_does_and_shows_each_constants_comment_and_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main_own.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        read_command_line(script_with(tmp_path, "EPOCHS = 3  # passes – 50 % of them"), "Trains something.")
+    said = capsys.readouterr().out
+    assert "\n\nTrains something.\n\n" in said
+    options = [" ".join(option.split()) for option in said.partition("options:")[2].split("\n  --")]
+    assert options[1] == "dataset VALUE (default: None)"
+    assert options[3] == "epochs VALUE passes – 50 % of them (default: 3)"
+    assert len(options) == 1 + len(ORDER)  # and --help
+
+
+@pytest.mark.parametrize("option", ["--epoch", "--epochss"])
+def test_an_option_that_does_not_exist_is_refused_in_one_line_with_status_2(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main_cnn.py", f"{option}=3"])
+    with pytest.raises(SystemExit) as end:
+        read_command_line(vars(main_cnn), None)
+    assert end.value.code == 2 and "\n" not in str(end.value).removeprefix("Bad configuration:\n")
+    assert str(end.value).endswith(f"unrecognized arguments: {option}=3 (--help lists the options)")
+
+
+def test_without_a_script_as_in_a_notebook_no_command_line_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    assert read_command_line({"EPOCHS": 3}, None) == {}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1", "cuda:2", "mps"])
+def test_a_device_is_accepted_where_the_machine_has_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_is_here(device) == (device != "cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert not device_is_here(device)
+
+
+def test_the_settings_can_be_written_as_json_and_name_folders_whose_names_are_no_text() -> None:
+    places = {"DATA_DIR": Path("br\udcfcder"), "RUNS_DIR": Path("runs")}
+    content = TrainingConfig.from_constants(vars(main_cnn) | places | {"EPOCHS": 3, "WORKERS": 2}).to_dict()
+    assert json.loads(json.dumps(content)) == content
+    assert (content["epochs"], content["workers"], content["mirror"]) == (3, 2, main_cnn.MIRROR)
+    assert (content["data_dir"], content["runs_dir"]) == ("br\\udcfcder", "runs")
+
+
+@pytest.mark.parametrize(("length", "shown"), [(78, "'" + 78 * "x" + "'"), (79, "'" + 76 * "x" + "…")])
+def test_of_a_long_value_the_beginning_is_shown(length: int, shown: str) -> None:
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.from_constants(vars(main_cnn) | {"DEVICE": length * "x"})
+    assert str(error.value).endswith(f"on this machine, got {shown}")
+
+
+def test_a_constant_that_was_deleted_is_said_to_be_missing() -> None:
+    constants = {name: value for name, value in vars(main_cnn).items() if name != "EPOCHS"}
+    with pytest.raises(ValueError, match=r"^EPOCHS is missing$"):
+        TrainingConfig.from_constants(constants)
