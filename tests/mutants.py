@@ -20,33 +20,34 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 COPIES = REPOSITORY / ".mutants"
 MUTMUT = Path(sys.executable).parent / "mutmut"
 CARRIED = ("main_cnn.py", "main_tutorial.py", "models.py", "wandb_api_key.txt", "README.md", "docs", "sweep.yaml")
-PRELOADED = "import matplotlib.figure, scipy.special, scipy.stats, sklearn.metrics, sklearn.model_selection  # once\n"
+ADDED_TO_CONFTEST = """
+import shutil
+import matplotlib.figure, scipy.special, scipy.stats, sklearn.metrics, sklearn.model_selection  # once, not a fault
+
+
+@pytest.fixture(autouse=True)
+def _settings_for_processes_that_begin_elsewhere(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+"""
 SURVIVED, NO_TESTS = 0, 33  # what mutmut notes of a fault, where it is not that a test failed
 NOT_TRIED = 255  # mutmut calls it a time-out; seen where a test's name has characters by which pytest cannot find it
 
 MEMORY = 12 * 2**30  # bytes of address space a process may have: a fault may let a loop collect without end
 
-# A room → its file, its tests, and those of them that start the room in another folder, where mutmut cannot be.
-ROOMS: dict[str, tuple[str, list[str], list[str]]] = {
-    "results": ("experiment/results.py", ["tests/test_results.py"], []),
-    "console": ("experiment/console.py", ["tests/test_console.py"], []),
-    "figures": ("experiment/figures.py", ["tests/test_figures.py"], []),
-    "past_runs": ("experiment/past_runs.py", ["tests/test_past_runs.py"], []),
-    "compare": (
-        "experiment/compare.py",
-        ["tests/test_compare.py"],
-        [
-            "tests/test_compare.py::test_the_command_answers_in_a_process_of_its_own",
-            "tests/test_compare.py::test_the_picture_is_drawn_though_nobody_reads_what_is_said",
-        ],
-    ),
-    "settings": ("experiment/settings.py", ["tests/test_settings.py"], []),
-    "plan": ("experiment/plan.py", ["tests/test_plan.py"], []),
-    "run_directory": ("experiment/run_directory.py", ["tests/test_run_directory.py"], []),
-    "wandb_key": ("experiment/wandb_key.py", ["tests/test_wandb_key.py"], []),
-    "network": ("experiment/network.py", ["tests/test_network.py"], []),
-    "data_utils": ("data_utils.py", ["tests/test_data_utils.py"], []),
-    "train_utils": ("train_utils.py", ["tests/test_train_utils.py"], []),
+# A room → its file and its tests.
+ROOMS = {
+    "results": ("experiment/results.py", "tests/test_results.py"),
+    "console": ("experiment/console.py", "tests/test_console.py"),
+    "figures": ("experiment/figures.py", "tests/test_figures.py"),
+    "past_runs": ("experiment/past_runs.py", "tests/test_past_runs.py"),
+    "compare": ("experiment/compare.py", "tests/test_compare.py"),
+    "settings": ("experiment/settings.py", "tests/test_settings.py"),
+    "plan": ("experiment/plan.py", "tests/test_plan.py"),
+    "run_directory": ("experiment/run_directory.py", "tests/test_run_directory.py"),
+    "wandb_key": ("experiment/wandb_key.py", "tests/test_wandb_key.py"),
+    "network": ("experiment/network.py", "tests/test_network.py"),
+    "data_utils": ("data_utils.py", "tests/test_data_utils.py"),
+    "train_utils": ("train_utils.py", "tests/test_train_utils.py"),
 }
 
 
@@ -83,7 +84,7 @@ def copy_to(folder: Path, room: str) -> None:
     for name in ("data_utils.py", "train_utils.py", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, folder / name)
     with open(folder / "tests" / "conftest.py", "a", encoding="utf-8") as file:
-        file.write(PRELOADED)  # else each room imports them anew for each fault
+        file.write(ADDED_TO_CONFTEST)
     (folder / "mutants").mkdir()
     (folder / "mutants" / "data").symlink_to(REPOSITORY / "data")
     with open(folder / "pyproject.toml", "a", encoding="utf-8") as file:
@@ -92,16 +93,13 @@ def copy_to(folder: Path, room: str) -> None:
 
 def settings_of(room: str) -> str:
     """Return mutmut's settings for a room."""
-    path, tests, left_out = ROOMS[room]
-    arguments = ["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider"]
-    for test in left_out:
-        arguments += ["--deselect", test]
+    path, tests = ROOMS[room]
     values = {
         "source_paths": ["experiment", "data_utils.py", "train_utils.py"],
         "only_mutate": [path],
         "also_copy": list(CARRIED),
-        "pytest_add_cli_args": arguments,
-        "pytest_add_cli_args_test_selection": tests,
+        "pytest_add_cli_args": ["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider"],
+        "pytest_add_cli_args_test_selection": [tests],
         "process_isolation": "forkserver",  # torch's threads do not survive a fork
         "timeout_constant": 60.0,  # seconds: on a busy machine a test may take long without being stuck
         "use_git_change_detection": False,
@@ -119,7 +117,7 @@ def run_mutmut(folder: Path) -> None:
 
 def score_of(folder: Path, room: str) -> str:
     """Return the room's row of the table; a fault that makes a test hang or crash is noticed, too."""
-    path, _, _ = ROOMS[room]
+    path, _ = ROOMS[room]
     content = json.loads((folder / "mutants" / f"{path}.meta").read_text())
     codes = Counter(content["exit_code_by_key"].values())
     faults = codes.total()

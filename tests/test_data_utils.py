@@ -1,8 +1,11 @@
 """Data sets: where they come from, what is refused as damaged, and how they become batches and parts."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
+import os
+import re
 import socket
 import tempfile
 import threading
@@ -114,6 +117,11 @@ def test_files_named_with_a_dot_are_taken_as_they_lie(raw: Path, digits: Dataset
     assert given.items() <= {path.name: path.read_bytes() for path in raw.iterdir()}.items()
 
 
+def test_where_both_lie_there_the_file_without_a_dot_is_taken(raw: Path, digits: Dataset) -> None:
+    (raw / TRAIN_IMAGES.replace("-idx", ".idx")).write_text("something else")
+    assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
+
+
 def test_a_damaged_file_named_with_a_dot_is_named_so(raw: Path) -> None:
     dotted = raw / TRAIN_IMAGES.replace("-idx", ".idx")
     (raw / TRAIN_IMAGES).rename(dotted)
@@ -163,22 +171,34 @@ def test_debians_package_does_not_complete_a_users_own_files(
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "why"),
     [
-        (TRAIN_IMAGES, lambda content: content[:-1]),
-        (TRAIN_IMAGES, lambda content: content + b"x"),
-        (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:]),
-        (TEST_LABELS, lambda content: b""),
-        (TEST_IMAGES, lambda content: content[:10]),
-        (TEST_LABELS, lambda content: content[:-1]),
-        (TRAIN_IMAGES, lambda content: content[:4] + b"\xff" * 12),
-        (TEST_IMAGES, lambda content: idx(np.zeros(360))),
-        (TRAIN_LABELS, lambda content: idx(np.zeros(5))),
-        (TEST_LABELS, lambda content: idx(np.zeros(361))),
-        (TRAIN_LABELS, lambda content: content[:-1] + b"\xff"),
-        (TEST_LABELS, lambda content: content[:-1] + b"\x0a"),
-        (TEST_IMAGES, lambda content: idx(np.zeros((360, 20, 20)))),
-        (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28)))),
+        (TRAIN_IMAGES, lambda content: content[:-1], "it is 1126623 bytes long, but its header asks for 1126624"),
+        (TRAIN_IMAGES, lambda content: content + b"x", "it is 1126625 bytes long, but its header asks for 1126624"),
+        (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:], "it begins with 1f8b0803 instead of 00000803"),
+        (TEST_LABELS, lambda content: b"", "it is only 0 bytes long"),
+        (TEST_IMAGES, lambda content: content[:10], "it is only 10 bytes long"),
+        (TEST_LABELS, lambda content: content[:-1], "it is 367 bytes long, but its header asks for 368"),
+        (
+            TRAIN_IMAGES,
+            lambda content: content[:4] + b"\xff" * 12,
+            f"it is 16 bytes long, but its header asks for {16 + (2**32 - 1) ** 3}",
+        ),
+        (TEST_IMAGES, lambda content: idx(np.zeros(360)), "it begins with 00000801 instead of 00000803"),
+        (TRAIN_LABELS, lambda content: idx(np.zeros(5)), "it holds 5 labels for 1437 images"),
+        (TEST_LABELS, lambda content: idx(np.zeros(361)), "it holds 361 labels for 360 images"),
+        (
+            TRAIN_LABELS,
+            lambda content: content[:-1] + b"\xff",
+            "it holds the label 255, but the last class is number 9",
+        ),
+        (TEST_LABELS, lambda content: content[:-1] + b"\x0a", "it holds the label 10, but the last class is number 9"),
+        (
+            TEST_IMAGES,
+            lambda content: idx(np.zeros((360, 20, 24))),
+            "its images are 20×24, but the networks take 28×28",
+        ),
+        (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28))), "it is empty"),
     ],
     ids=[
         "cut off",
@@ -193,14 +213,18 @@ def test_debians_package_does_not_complete_a_users_own_files(
         "too many labels",
         "label 255",
         "label 10",
-        "20x20",
+        "20x24",
         "no image",
     ],
 )
-def test_a_damaged_file_is_named_with_what_to_do(raw: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_named_with_what_is_wrong_and_what_to_do(
+    raw: Path, name: str, change: Callable[[bytes], bytes], why: str
+) -> None:
     (raw / name).write_bytes(change((raw / name).read_bytes()))
-    with pytest.raises(DatasetError, match=f"{name} is damaged.*Delete"):
+    with pytest.raises(DatasetError) as error:
         load_dataset("FashionMNIST", raw.parents[1])
+    advice = "Delete this file and, unless they are your own, the other three beside it; then run again."
+    assert str(error.value) == f"{raw / name} is damaged: {why}. {advice}"
 
 
 def test_a_packed_file_that_was_cut_off_is_named_and_leaves_nothing_half_made(raw: Path) -> None:
@@ -217,10 +241,12 @@ def test_a_packed_file_that_was_cut_off_is_named_and_leaves_nothing_half_made(ra
     [lambda packed: b"<html>503</html>", lambda packed: packed[:-8] + bytes(8), lambda packed: packed + b"rest"],
     ids=["not packed at all", "wrong checksum", "too long"],
 )
-def test_a_damaged_packed_file_is_named_with_what_to_do(raw: Path, change: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_packed_file_is_named_with_what_gzip_says_and_what_to_do(
+    raw: Path, change: Callable[[bytes], bytes]
+) -> None:
     (raw / f"{TRAIN_IMAGES}.gz").write_bytes(change(gzip.compress((raw / TRAIN_IMAGES).read_bytes())))
     (raw / TRAIN_IMAGES).unlink()
-    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged.*Delete"):
+    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged: .*(gzip|CRC).*Delete"):
         load_dataset("FashionMNIST", raw.parents[1])
 
 
@@ -231,12 +257,43 @@ def test_a_packed_file_with_damaged_content_is_the_one_to_delete(raw: Path) -> N
         load_dataset("FashionMNIST", raw.parents[1])
 
 
-def test_without_data_and_network_the_message_names_the_ways_out(tmp_path: Path, no_network: None) -> None:
+@pytest.mark.parametrize(
+    ("name", "debian"),
+    [("FashionMNIST", ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu"), ("MNIST", "")],
+)
+def test_without_data_and_network_the_message_names_the_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, name: str, debian: str
+) -> None:
+    monkeypatch.setattr(getattr(datasets, name), "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(DatasetError) as error:
-        load_dataset("FashionMNIST", tmp_path / "data")
-    for way_out in ("apt-get install dataset-fashion-mnist", "Copy its four files", 'DATASET = "Digits"'):
-        assert way_out in str(error.value)
+        load_dataset(name, tmp_path / "data")
+    assert str(error.value).startswith(f"{name} is not in {tmp_path}/data/{name}/raw and could not be downloaded (")
+    assert str(error.value).endswith(
+        "). Copy its four files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
+        f"t10k-labels-idx1-ubyte; .gz will do) there{debian}, "
+        'or set DATASET = "Digits", which needs no download.'
+    )
     assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TimeoutError("slow"), "nothing arrived for 15 seconds"),
+        (OSError("<urlopen error timed out>"), "nothing arrived for 15 seconds"),
+        (RuntimeError("no file\n  of that name"), "no file of that name"),
+        (ConnectionResetError(), "ConnectionResetError"),
+    ],
+)
+def test_why_a_download_failed_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, error: Exception, reason: str
+) -> None:
+    def fail(folder: str, download: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "FashionMNIST", fail)
+    with pytest.raises(DatasetError, match=re.escape(f"could not be downloaded ({reason}). Copy")):
+        load_dataset("FashionMNIST", tmp_path / "data")
 
 
 def test_a_server_that_never_answers_is_given_up(
@@ -254,7 +311,7 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr(data_utils, "DOWNLOAD_STALL_SECONDS", 1)
-    given_up, sent = threading.Event(), []
+    given_up, sent, meanwhile = threading.Event(), [], []
 
     class SendsHalf(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -263,6 +320,7 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
             self.end_headers()
             self.wfile.write(bytes(100000))
             sent.append(self.path)
+            meanwhile.extend(path.name for path in (tmp_path / "data").iterdir())
             given_up.wait(30)
 
         def log_message(self, *_arguments: object) -> None:
@@ -276,6 +334,7 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
         given_up.set()
         server.shutdown()
     assert set(sent) == {f"/{TRAIN_IMAGES}.gz"}
+    assert meanwhile and all(name.startswith(".unfinished-") for name in meanwhile)
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -290,8 +349,16 @@ def test_after_a_download_sockets_wait_as_long_as_before(tmp_path: Path, no_netw
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="cannot be read .File name too long"):
+    with pytest.raises(DatasetError, match=f"^{tmp_path}/x*/FashionMNIST/raw/.* cannot be read .File name too long"):
         load_dataset("FashionMNIST", tmp_path / ("x" * 300))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that can be found but not read")
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(raw: Path) -> None:
+    (raw / TRAIN_IMAGES).unlink()
+    (raw / TRAIN_IMAGES).symlink_to("/proc/self/mem")
+    with pytest.raises(DatasetError, match=f"^{raw / TRAIN_IMAGES} cannot be read .Input/output error.\\.$"):
+        load_dataset("FashionMNIST", raw.parents[1])
 
 
 def test_a_home_that_is_not_there_is_needed_only_for_a_path_that_names_it() -> None:
@@ -310,7 +377,6 @@ def test_four_processes_that_start_at_once_without_data_all_load_it(tmp_path: Pa
     )
 
 
-@pytest.mark.slow
 def test_a_data_set_is_made_where_there_is_no_folder_for_temporary_files(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +425,13 @@ def file_server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 def test_a_download_arrives_whole(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str, name: str
+    tmp_path: Path,
+    digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_network: None,
+    file_server: str,
+    name: str,
 ) -> None:
     resources = []
     for file, content in idx_files(digits).items():
@@ -368,9 +440,23 @@ def test_a_download_arrives_whole(
         resources.append((f"{file}.gz", hashlib.md5(packed).hexdigest()))
     monkeypatch.setattr(getattr(datasets, name), "mirrors", [file_server])
     monkeypatch.setattr(getattr(datasets, name), "resources", resources)
-    assert_same(load_dataset(name, tmp_path / "data"), digits)
-    raw = tmp_path / "data" / name / "raw"
-    assert sorted(path.name for path in raw.iterdir()) == sorted(data_utils.FILE_KINDS)
+    for data_dir in (tmp_path / "new" / "data", tmp_path):
+        assert_same(load_dataset(name, data_dir), digits)
+        assert sorted(path.name for path in (data_dir / name / "raw").iterdir()) == sorted(data_utils.FILE_KINDS)
+        assert capsys.readouterr().out == f"Downloading {name} …\n"
+
+
+def test_a_download_is_made_though_nobody_reads_what_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        with pytest.raises(DatasetError, match="could not be downloaded"):
+            load_dataset("FashionMNIST", tmp_path / "data")
+        with contextlib.suppress(BrokenPipeError):
+            nobody.close()
 
 
 def test_a_download_with_another_checksum_is_refused(
@@ -424,7 +510,7 @@ def test_making_batches_leaves_the_images_as_they_are(digits: Dataset) -> None:
 
 def test_mirroring_turns_half_of_the_images_left_to_right_anew_each_time() -> None:
     images = torch.arange(28 * 28).view(28, 28).repeat(2000, 1, 1).remainder(256).byte()
-    batches = Batches(images, torch.arange(2000), 64, 0.0, 1 / 255, CPU, training=True, mirror=True)
+    batches = Batches(images, torch.arange(2000), 1000, 0.0, 1 / 255, CPU, training=True, mirror=True)
     mirrored = []
     for _ in range(2):
         pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -446,6 +532,7 @@ def test_without_mirroring_nothing_random_is_drawn_but_the_order() -> None:
 
 @pytest.mark.parametrize(("training", "sizes"), [(True, [32, 32]), (False, [32, 32, 1])])
 def test_only_training_leaves_out_a_last_batch_of_one(training: bool, sizes: list[int]) -> None:
+    assert [len(labels) for _, labels in make_batches(66, 32, training)] == [32, 32, 2]
     batches = make_batches(65, 32, training)
     assert [len(labels) for _, labels in batches] == sizes
     assert len(batches) == len(sizes)
