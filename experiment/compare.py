@@ -35,7 +35,7 @@ import numpy as np
 
 from experiment.console import display_name, format_seconds, say
 from experiment.errors import ConfigurationError, user_errors
-from experiment.figures import BLUE, ORANGE, new_figure, png_of
+from experiment.figures import BELOW_THE_PANELS, BLUE, GRID, ORANGE, Look, new_figure, png_of
 from experiment.past_runs import (
     Difference,
     PastRun,
@@ -66,6 +66,20 @@ REASONS_SHOWN = 3  # of the runs that the overview passes over
 LEAST_F1 = 0.0005  # a class whose F1 changed by less is not named
 CLASSES_SHOWN = 3
 ROWS_DRAWN = 40  # runs in a picture
+
+# How the pictures look, as keyword arguments of matplotlib's; a mean's inside says whether it is told from chance.
+FOLD_POINTS: Look = {"color": BLUE, "alpha": 0.6}
+MEANS: Look = {"marker": "D", "edgecolors": ORANGE, "s": 30, "zorder": 3}
+INTERVALS: Look = {"fmt": "none", "color": ORANGE, "capsize": 3}
+TOLD, NOT_TOLD = ORANGE, "white"
+BAND: Look = {"color": "black", "alpha": 0.04, "linewidth": 0}
+NO_DIFFERENCE: Look = {"color": "black", "linewidth": 1}
+LABELS: Look = {"fontsize": 8, "parse_math": False}
+ABOVE_LEFT: Look = {"x": 0.01, "y": 1.01, "ha": "left", "va": "bottom", "fontsize": 9}
+ABOVE_RIGHT: Look = {"x": 0.99, "y": 1.01, "ha": "right", "va": "bottom", "fontsize": 9}
+LEGEND: Look = {"ncols": 3, "fontsize": 8, "frameon": False, **BELOW_THE_PANELS}
+TITLE: Look = {"fontsize": 11, "parse_math": False}
+PANEL_TITLE: Look = {"fontsize": 10}
 
 
 # --- the statistics ------------------------------------------------------------------------------------------------
@@ -613,12 +627,12 @@ def draw_pair(comparison: Comparison) -> "Figure":
     for column, effect in enumerate(comparison.effects.values()):
         panel = figure.add_subplot(grid[0, column])
         _draw_effects(panel, [effect], [""], [effect.p])
-        panel.set_title(f"{effect.figure}\n{_outcome(effect)}", fontsize=10)
+        panel.set_title(f"{effect.figure}\n{_outcome(effect)}", **PANEL_TITLE)
     if classes:
         panel = figure.add_subplot(grid[1, :])
         names = [display_name(effect.figure) for effect in classes]
         _draw_effects(panel, classes, names, holm([effect.p for effect in classes]))
-        panel.set_title("F1 of each class", fontsize=10)
+        panel.set_title("F1 of each class", **PANEL_TITLE)
     changes = "\n".join(_wrapped(changes_text(comparison.differences, 180)))
     _finish(figure, f"{changes}\n{comparison.after.path.name}\nagainst {comparison.before.path.name}")
     return figure
@@ -641,7 +655,7 @@ def draw_several(overview: Overview) -> "Figure":
     for panel, name in zip(panels, FIGURES, strict=True):
         effects = [comparison.effects[name] for comparison in overview.comparisons[:ROWS_DRAWN]]
         _draw_effects(panel, effects, labels, [row.p[name] for row in rows])
-        panel.set_title(name, fontsize=10)
+        panel.set_title(name, **PANEL_TITLE)
     runs = "1 run" if len(compared) == 1 else f"{len(compared)} runs"
     if len(rows) < len(compared):
         runs = f"The {len(rows)} best of {runs}"
@@ -663,47 +677,47 @@ def _draw_effects(panel: "Axes", effects: Sequence[Effect], labels: Sequence[str
     """
     places = np.arange(len(effects))
     for place in places[1::2]:
-        panel.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, linewidth=0)  # leads the eye to the label
-    panel.axvline(0, color="black", linewidth=1)
+        panel.axhspan(place - 0.5, place + 0.5, **BAND)  # leads the eye to the label
+    panel.axvline(0, **NO_DIFFERENCE)
     points = np.concatenate([effect.in_folds for effect in effects])
     rows = np.repeat(places, [len(effect.in_folds) for effect in effects])
-    panel.scatter(points, rows + 0.2, s=20, color=BLUE, alpha=0.6, linewidth=0)
+    panel.scatter(points, rows + 0.2, s=20, linewidth=0, **FOLD_POINTS)
     means, reaches = np.array([(effect.mean, effect.reach) for effect in effects]).T
-    panel.errorbar(means, places - 0.15, xerr=reaches, fmt="none", color=ORANGE, capsize=3)
-    fills = [ORANGE if p < SIGNIFICANT else "white" for p in p_values]
-    panel.scatter(means, places - 0.15, marker="D", s=30, facecolors=fills, edgecolors=ORANGE, zorder=3)
+    panel.errorbar(means, places - 0.15, xerr=reaches, **INTERVALS)
+    fills = [TOLD if p < SIGNIFICANT else NOT_TOLD for p in p_values]
+    panel.scatter(means, places - 0.15, facecolors=fills, **MEANS)
     _lay_out_rows(panel, labels, farthest=max(np.abs(points).max(), np.max(np.abs(means) + reaches)))
     _name_the_sides(panel, less_is_better=effects[0].figure == "loss")
 
 
 def _lay_out_rows(panel: "Axes", labels: Sequence[str], farthest: float) -> None:
-    panel.set_yticks(range(len(labels)), [_printable(label) for label in labels], fontsize=8, parse_math=False)
+    panel.set_yticks(range(len(labels)), [_printable(label) for label in labels], **LABELS)
     panel.set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
     reach = 1.08 * farthest if farthest > 0 else 0.001
     panel.set_xlim(-reach, reach)
     panel.tick_params(axis="x", labelsize=8)
     panel.tick_params(axis="y", length=0)
     panel.locator_params(axis="x", nbins=6)
-    panel.grid(axis="x", alpha=0.3)
+    panel.grid(axis="x", **GRID)
     panel.set_xlabel("difference", fontsize=9)
 
 
 def _name_the_sides(panel: "Axes", less_is_better: bool) -> None:
     left, right = ("better", "worse") if less_is_better else ("worse", "better")
-    panel.text(0.01, 1.01, f"← {left}", transform=panel.transAxes, fontsize=9, ha="left", va="bottom")
-    panel.text(0.99, 1.01, f"{right} →", transform=panel.transAxes, fontsize=9, ha="right", va="bottom")
+    panel.text(s=f"← {left}", transform=panel.transAxes, **ABOVE_LEFT)
+    panel.text(s=f"{right} →", transform=panel.transAxes, **ABOVE_RIGHT)
 
 
 def _finish(figure: "Figure", title: str) -> None:
     """Give a figure its title, and the legend that its panels share."""
     from matplotlib.lines import Line2D
 
-    fold = Line2D([], [], marker="o", linestyle="none", color=BLUE, alpha=0.6, label="the difference in a fold")
-    told = Line2D([], [], marker="D", color=ORANGE, label="their mean and its 95 % interval")
+    fold = Line2D([], [], marker="o", linestyle="none", label="the difference in a fold", **FOLD_POINTS)
+    told = Line2D([], [], marker="D", color=TOLD, label="their mean and its 95 % interval")
     chance = "chance may have done it (p ≥ 0.05, corrected for the number of rows)"
-    not_told = Line2D([], [], marker="D", color=ORANGE, markerfacecolor="white", label=chance)
-    figure.legend(handles=[fold, told, not_told], loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(_printable(title), fontsize=11, parse_math=False)
+    not_told = Line2D([], [], marker="D", color=ORANGE, markerfacecolor=NOT_TOLD, label=chance)
+    figure.legend(handles=[fold, told, not_told], **LEGEND)
+    figure.suptitle(_printable(title), **TITLE)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

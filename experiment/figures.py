@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision (Okabe and Ito, 2008)
+Look = dict[str, Any]
+
+# How things look, as keyword arguments of matplotlib's.
+FOLD_CURVE: Look = {"linewidth": 0.9, "alpha": 0.45, "marker": "."}
+MEAN_CURVE: Look = {"linewidth": 2.5, "marker": "o", "markersize": 5}
+FINAL_CURVE: Look = {"color": "black", "linestyle": "--", "linewidth": 1.3, "marker": "."}
+FOLD_SCORES: Look = {"color": BLUE, "alpha": 0.6, "marker": "o", "markersize": 5}
+TEST_SCORE: Look = {"color": ORANGE, "linestyle": "none", "marker": "D", "markersize": 8}
+ABOVE_ITS_POINT: Look = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+IN_A_CELL: Look = {"ha": "center", "va": "center", "fontsize": 8}
+SLANTING: Look = {"rotation": 45, "ha": "right"}
+GRID: Look = {"alpha": 0.3}
+BELOW_THE_PANELS: Look = {"loc": "outside lower center"}
 LARGE_RANGE = 20  # of the largest loss to the smallest, from which on their scale is logarithmic
 MOST_OF_THE_TIME = 0.01  # that may go into drawing while the fits learn
 SCRIPTS = ("main_cnn.py", "main_tutorial.py")
@@ -104,12 +117,12 @@ def draw_learning_curves(histories: dict[str, History]) -> "Figure":
     Parameters
     ----------
     histories : dict
-        A dict an epoch of each fold and, where it has been trained, of "final".
+        A dict an epoch, of one epoch at least, of each fold; and of "final" as far as that has been trained.
     """
     figure = new_figure(11, 4.8)
     panels = figure.subplots(1, 2)
-    folds = [history for name, history in histories.items() if name != "final" and history]
-    epochs_of_all = min((len(history) for history in folds), default=0)
+    folds = [history for name, history in histories.items() if name != "final"]
+    epochs_of_all = min(len(history) for history in folds)
     for panel, quantity, unit in zip(
         panels, ("loss", "accuracy"), ("mean cross-entropy an image", "share right"), strict=True
     ):
@@ -120,21 +133,20 @@ def draw_learning_curves(histories: dict[str, History]) -> "Figure":
             _plot_folds(panel, [[row[f"{part}/{quantity}"] for row in fold] for fold in folds], colour)
             mean = np.mean([[row[f"{part}/{quantity}"] for row in fold[:epochs_of_all]] for fold in folds], axis=0)
             epochs = range(1, epochs_of_all + 1)
-            panel.plot(epochs, mean, color=colour, linewidth=2.5, marker="o", markersize=5, label=f"mean: {what}")
+            panel.plot(epochs, mean, color=colour, label=f"mean: {what}", **MEAN_CURVE)
         final = [row[f"train/{quantity}"] for row in histories.get("final", [])]
         if final:
             epochs = range(1, len(final) + 1)
-            label = "final fit: training, on all images"
-            panel.plot(epochs, final, color="black", linestyle="--", linewidth=1.3, marker=".", label=label)
+            panel.plot(epochs, final, label="final fit: training, on all images", **FINAL_CURVE)
         panel.set(title=quantity, xlabel="epoch", ylabel=f"{quantity} ({unit})")
         if quantity == "loss":
             _show_small_losses(panel)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-    if max((len(history) for history in histories.values()), default=0) == 1:
+        panel.grid(**GRID)
+    if max(len(history) for history in histories.values()) == 1:
         for panel in panels:
             panel.set(xlim=(0.5, 1.5), xticks=[1])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, **BELOW_THE_PANELS)
     return figure
 
 
@@ -150,7 +162,7 @@ def _show_small_losses(panel: "Axes") -> None:
 def _plot_folds(panel: "Axes", curves: list[list[float]], colour: str) -> None:
     for number, curve in enumerate(curves):
         label = "each fold" if number == 0 and colour == BLUE else None
-        panel.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.45, linewidth=0.9, marker=".", label=label)
+        panel.plot(range(1, len(curve) + 1), curve, color=colour, label=label, **FOLD_CURVE)
 
 
 def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
@@ -160,15 +172,15 @@ def _draw_per_class(folds: list[FitResult], final: FitResult) -> "Figure":
     for place, name in enumerate(classes):
         scores = [fold.report[name]["f1-score"] for fold in folds]
         label = None if place else "each fold, on its own part"
-        plot.plot(scores, [place] * len(scores), "o-", color=BLUE, alpha=0.6, markersize=5, label=label)
+        plot.plot(scores, [place] * len(scores), label=label, **FOLD_SCORES)
         test = final.report[name]["f1-score"]
-        plot.plot(test, place, "D", color=ORANGE, markersize=8, label=None if place else "final, on the test images")
-        plot.annotate(f"{test:.3f}", (test, place), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        plot.plot(test, place, label=None if place else "final, on the test images", **TEST_SCORE)
+        plot.annotate(f"{test:.3f}", (test, place), **ABOVE_ITS_POINT)
     plot.set_yticks(range(len(classes)), [display_name(name) for name in classes])
     plot.set(ylim=(-0.6, len(classes) - 0.3), title="How well each class is recognised")
     plot.set(xlabel="F1 score (1 is best)", ylabel="class")
-    plot.grid(alpha=0.3)
-    figure.legend(*plot.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    plot.grid(**GRID)
+    figure.legend(*plot.get_legend_handles_labels(), ncols=2, **BELOW_THE_PANELS)
     return figure
 
 
@@ -182,9 +194,9 @@ def _draw_confusion_matrix(final: FitResult) -> "Figure":
         if count:
             share = shares[row, column]
             colour = "white" if share > 50 else "black"
-            plot.text(column, row, f"{count}\n{share:.1f} %", ha="center", va="center", color=colour, fontsize=8)
+            plot.text(column, row, f"{count}\n{share:.1f} %", color=colour, **IN_A_CELL)
     names = [display_name(name) for name in final.classes]
-    plot.set_xticks(range(len(counts)), names, rotation=45, ha="right")
+    plot.set_xticks(range(len(counts)), names, **SLANTING)
     plot.set_yticks(range(len(counts)), names)
     plot.set(xlabel="predicted class", ylabel="true class")
     plot.set_title("What is taken for what: test images, and their share of the true class")

@@ -311,7 +311,9 @@ def test_a_download_that_stops_half_way_leaves_nothing_half_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr(data_utils, "DOWNLOAD_STALL_SECONDS", 1)
-    given_up, sent, meanwhile = threading.Event(), [], []
+    given_up = threading.Event()
+    sent: list[str] = []
+    meanwhile: list[str] = []
 
     class SendsHalf(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
