@@ -75,6 +75,10 @@ TOLD, NOT_TOLD = ORANGE, "white"
 BAND: Look = {"color": "black", "alpha": 0.04, "linewidth": 0}
 NO_DIFFERENCE: Look = {"color": "black", "linewidth": 1}
 LABELS: Look = {"fontsize": 8, "parse_math": False}
+TICKS_BELOW: Look = {"axis": "x", "labelsize": 8}
+TICKS_OF_ROWS: Look = {"axis": "y", "length": 0}
+MOST_TICKS_BELOW: Look = {"axis": "x", "nbins": 6}
+AXIS_LABEL: Look = {"fontsize": 9}
 ABOVE_LEFT: Look = {"x": 0.01, "y": 1.01, "ha": "left", "va": "bottom", "fontsize": 9}
 ABOVE_RIGHT: Look = {"x": 0.99, "y": 1.01, "ha": "right", "va": "bottom", "fontsize": 9}
 LEGEND: Look = {"ncols": 3, "fontsize": 8, "frameon": False, **BELOW_THE_PANELS}
@@ -424,14 +428,14 @@ def overview_of_evening(runs_dirs: Sequence[Path]) -> Overview:
     where = " and ".join(path_from_here(runs_dir) for runs_dir in runs_dirs)
     runs, notes = read_runs(*runs_dirs)
     notes = _first_few(notes)
-    whole = [run for run in runs if len(run.folds) > 1]
-    diverged = [run for run in runs if len(run.folds) < 2]
+    whole = [run for run in runs if len(run.folds) >= 2]
+    diverged = [run for run in runs if run not in whole]
     notes += [f"{path_from_here(run.path)} has too few folds that did not diverge." for run in diverged]
     if not whole:
         raise ConfigurationError("\n".join([f"There is no finished run in {where}.", *notes]))
     newest = whole[0]
     alike = [run for run in whole if comparable(run, newest)]
-    notes += _notes_on_others(newest, [run for run in whole if run not in alike])
+    notes += _notes_on_others([run for run in whole if run not in alike])
     if len(alike) == 1:
         only = f"There is nothing in {where} to compare {path_from_here(newest.path)} with."
         raise ConfigurationError("\n".join([only, *notes]))
@@ -445,7 +449,7 @@ def _first_few(reasons: list[str]) -> list[str]:
     return shown
 
 
-def _notes_on_others(newest: PastRun, others: Sequence[PastRun]) -> list[str]:
+def _notes_on_others(others: Sequence[PastRun]) -> list[str]:
     """Return a line on the runs that the newest cannot be compared with."""
     if not others:
         return []
@@ -579,11 +583,10 @@ def _told(row: Row) -> str:
 
 
 def _closing_lines(overview: Overview) -> list[str]:
-    comparisons = overview.comparisons
-    told = [each for each in comparisons if not each.is_the_same]
     sentences = ["± is the standard error."]
-    if len(told) > 1:
-        sentences.append(f"p is corrected for {len(told)} comparisons of each figure (Holm).")
+    with_p = max(sum(not math.isnan(row.p.get(figure, math.nan)) for row in overview.rows) for figure in FIGURES)
+    if with_p > 1:
+        sentences.append(f"p is corrected for {with_p} comparisons of each figure (Holm).")
     if any(row.run.resumed for row in overview.rows):
         sentences.append("> is the time since a run was resumed.")
     return _wrapped(" ".join(sentences)) + _wrapped(best_text(overview))
@@ -695,11 +698,11 @@ def _lay_out_rows(panel: "Axes", labels: Sequence[str], farthest: float) -> None
     panel.set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
     reach = 1.08 * farthest if farthest > 0 else 0.001
     panel.set_xlim(-reach, reach)
-    panel.tick_params(axis="x", labelsize=8)
-    panel.tick_params(axis="y", length=0)
-    panel.locator_params(axis="x", nbins=6)
+    panel.tick_params(**TICKS_BELOW)
+    panel.tick_params(**TICKS_OF_ROWS)
+    panel.locator_params(**MOST_TICKS_BELOW)
     panel.grid(axis="x", **GRID)
-    panel.set_xlabel("difference", fontsize=9)
+    panel.set_xlabel("difference", **AXIS_LABEL)
 
 
 def _name_the_sides(panel: "Axes", less_is_better: bool) -> None:

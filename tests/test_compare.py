@@ -1,6 +1,7 @@
 """Did it help? The statistics, what is said of a pair and of an evening, the pictures, and the command."""
 
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Configure, start_python
+from conftest import REPOSITORY, Configure, start_python
 from PIL import Image
 from scipy.stats import t, ttest_rel
 from synthetic_runs import BASE, BETTER, NOISE, PRINTED, STARTED, make_identity, make_results, make_run
@@ -22,10 +23,11 @@ from experiment.compare import (
     lead_by_chance,
     main,
     overview_of,
+    overview_of_evening,
     paired_difference,
 )
 from experiment.errors import ConfigurationError
-from experiment.figures import png_of
+from experiment.figures import BLUE, ORANGE, png_of
 from experiment.past_runs import PastRun, finished_runs, read_run
 
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -151,6 +153,35 @@ def test_a_run_that_gains_in_all_folds_is_better(before: Path, tmp_path: Path) -
     ]
 
 
+def test_every_setting_that_differs_has_a_line(before: Path, tmp_path: Path) -> None:
+    lines = compared(before, make_run(tmp_path / "after", BETTER, mirror=True, epochs=3)).splitlines()
+    assert lines[1:3] == ["  EPOCHS         10 → 3", "  MIRROR         False → True"]
+
+
+def test_a_fold_in_which_nothing_changed_is_none_of_the_better_ones(tmp_path: Path) -> None:
+    before = make_run(tmp_path / "before", [*BASE, *BASE])
+    after = make_run(tmp_path / "after", [*BETTER, *BETTER[:4], BASE[4]])
+    assert compared(before, after).count(", in 9 of 10 folds") == 2
+
+
+def test_what_finds_no_room_in_a_line_goes_on_below_where_it_began(before: Path, tmp_path: Path) -> None:
+    network = {"name": "AConvolutionalNetworkOfMyOwnWithThreeBlocks", "printed": "AConvolutional()", "weights": 669706}
+    lines = compared(before, make_run(tmp_path / "after", NOISE, network=network)).splitlines()
+    assert lines[1:3] == [
+        "  network        Network → AConvolutionalNetworkOfMyOwnWithThreeBlocks (50,890 →",
+        "                   669,706 weights)",
+    ]
+
+
+def test_classes_with_long_names_go_on_in_the_next_line(tmp_path: Path) -> None:
+    names = ["Kuzushiji character number one", "Kuzushiji character number two"]
+    before, after = (make_run(tmp_path / name, gains, classes=names) for name, gains in (("a", BASE), ("b", BETTER)))
+    assert compared(before, after).splitlines()[-2:] == [
+        "  F1, most changed: Kuzushiji character number two +0.018, Kuzushiji character",
+        "            number one +0.009",
+    ]
+
+
 def test_the_same_runs_the_other_way_round_are_worse(before: Path, tmp_path: Path) -> None:
     text = compared(make_run(tmp_path / "after", BETTER), before)
     assert text.count("worse (p = ") == 2 and "better" not in text
@@ -183,7 +214,8 @@ def test_better_needs_a_p_below_five_of_a_hundred(p: float, better: bool, before
 
 def test_differences_that_are_all_alike_tell_nothing(before: Path, tmp_path: Path) -> None:
     text = compared(before, make_run(tmp_path / "after", BASE + 0.01))
-    assert text.count("no difference that these folds can tell (all differ alike, so no p)") == 2
+    said = "            no difference that these folds can tell (all differ alike, so no p)"
+    assert text.splitlines().count(said) == 2
 
 
 def test_a_very_small_p_is_not_shown_as_a_power_of_ten(before: Path, tmp_path: Path) -> None:
@@ -209,7 +241,8 @@ def test_classes_that_hardly_changed_are_not_named(before: Path, tmp_path: Path)
 
 def test_a_change_that_is_rounded_to_nothing_has_no_minus(before: Path, tmp_path: Path) -> None:
     gains = np.array([1e-6, -2e-6, 0, 0, 0])
-    assert "+0.0000 ± 0.0000" in compared(before, make_run(tmp_path / "after", BASE + gains))
+    for after in (make_run(tmp_path / "more", BASE + gains), make_run(tmp_path / "less", BASE - gains)):
+        assert compared(before, after).count("+0.0000 ± 0.0000") == 2
 
 
 def test_layers_that_changed_alike_are_counted_in_one_line(tmp_path: Path) -> None:
@@ -226,6 +259,14 @@ def test_of_a_network_that_differs_in_very_many_layers_six_are_shown(tmp_path: P
     lines = compared(old_run, make_run(tmp_path / "new", BETTER, network={"printed": new})).splitlines()
     assert lines[6] == "  layer          Linear(5, 7 → 8)" and lines[7] == "  layers         and 14 more changes"
     assert lines[8].startswith("  accuracy")
+
+
+def test_of_six_layers_that_differ_none_is_left_out(tmp_path: Path) -> None:
+    layers = "".join(f"    ({number}): Linear({number}, 7)\n" for number in range(6))
+    old, new = (f"Network(\n  (stack): Sequential(\n{each}  )\n)" for each in (layers, layers.replace("7", "8")))
+    old_run = make_run(tmp_path / "old", network={"printed": old})
+    text = compared(old_run, make_run(tmp_path / "new", BETTER, network={"printed": new}))
+    assert text.count("  layer          Linear(") == 6 and "more changes" not in text
 
 
 def test_another_network_altogether_is_named_with_its_weights(before: Path, tmp_path: Path) -> None:
@@ -303,6 +344,87 @@ def evening(tmp_path: Path) -> list[PastRun]:
 def rows_of(text: str) -> list[str]:
     """Return the first line of each row of an overview."""
     return [line for line in text.splitlines() if re.match(r"[* ] (\d\d:\d\d |\d\d \w{3}) +\d\.\d{4} ", line)]
+
+
+def test_a_hand_made_evening_is_told_in_these_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs_dir, linear = tmp_path / "runs", PRINTED.replace("ReLU()", "Identity()")
+    make_run(runs_dir / "N-20261126-183000")
+    make_run(runs_dir / "N-20261126-183100", BETTER, minutes=1, mirror=True)
+    make_run(runs_dir / "N-20261126-183200", NOISE, minutes=2, epochs=3, network={"printed": linear})
+    make_run(runs_dir / "N-20261126-183300", BASE + 0.01, minutes=3, learning_rate=0.01)
+    make_run(runs_dir / "N-20261126-183400", minutes=4, resumed=True)
+    make_run(runs_dir / "one that I called", [*NOISE[:3], np.nan, np.nan], minutes=5, batch_size=16)
+    assert overview_of_evening([Path("runs")]).text.splitlines() == [
+        "Against runs/N-20261126-183000",
+        "  the oldest of these 6 in runs; FashionMNIST, 5 folds, RNG_SEED 314",
+        "",
+        "        accuracy      change           p    loss      change           p    took",
+        "* 26 Nov  0.9332 +0.0100 ± 0.0000      –  0.0668 −0.0100 ± 0.0000      –    42 s",
+        "  18:33 LEARNING_RATE 0.001 → 0.01",
+        "  26 Nov  0.9322 +0.0090 ± 0.0011 0.0032  0.0678 −0.0090 ± 0.0011 0.0032    42 s",
+        "  18:31 MIRROR False → True: accuracy better, loss better",
+        "  26 Nov  0.9234 +0.0002 ± 0.0017      1  0.0766 −0.0002 ± 0.0017      1    42 s",
+        "  18:32 EPOCHS 10 → 3, ReLU() → Identity()",
+        "  26 Nov  0.9232                          0.0768                            42 s",
+        "  18:30 the one that all are compared with",
+        "  26 Nov  0.9232     the same             0.0768     the same              >42 s",
+        "  18:34 a repetition",
+        "  26 Nov  0.9217 +0.0000 ± 0.0020      1  0.0783 +0.0000 ± 0.0020      1    42 s",
+        "  18:35 one that I called: BATCH_SIZE 64 → 16 (fold-4, fold-5 diverged)",
+        "",
+        "± is the standard error. p is corrected for 3 comparisons of each figure (Holm).",
+        "> is the time since a run was resumed.",
+        "* The highest accuracy, 0.0100 above the one that all are compared with. Had",
+        "none of the 4 done anything, the best of them would still be about 0.0011 above",
+        "it: who picks the best picks luck, too.",
+    ]
+
+
+def test_without_words_on_how_they_were_chosen_an_overview_says_what_they_have_in_common(before: Path) -> None:
+    after = make_run(before.parent / "after", BETTER, mirror=True)
+    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    assert lines[1] == "  FashionMNIST, 5 folds, RNG_SEED 314"
+
+
+def test_two_comparisons_are_enough_for_the_best_to_be_luck(before: Path) -> None:
+    others = [make_run(before.parent / name, BASE + change, epochs=3) for name, change in (("a", 1e-3), ("b", 2e-3))]
+    text = overview_of(read_run(before), [read_run(other) for other in others]).text
+    assert "Had none of the 2 done anything" in text.replace("\n", " ")
+
+
+def test_where_nothing_can_be_compared_every_folder_and_every_reason_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (make_run(tmp_path / "a" / "cut-off") / "results.json").unlink()
+    with pytest.raises(ConfigurationError) as error:
+        overview_of_evening([Path("a"), Path("b")])
+    unfinished = "a/cut-off is unfinished: it has no results.json."
+    assert str(error.value).splitlines() == ["There is no finished run in a and b.", unfinished]
+    make_run(tmp_path / "b" / "only")
+    with pytest.raises(ConfigurationError) as error:
+        overview_of_evening([Path("a"), Path("b")])
+    only = "There is nothing in a and b to compare b/only with."
+    assert str(error.value).splitlines() == [only, unfinished]
+
+
+def test_two_folds_are_enough_for_a_run_to_be_compared(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", [*BASE[:2], np.nan, np.nan, np.nan])
+    make_run(tmp_path / "new", minutes=1)
+    text = overview_of_evening([tmp_path]).text
+    assert len(rows_of(text)) == 2 and "too few folds" not in text
+
+
+def test_runs_on_other_images_are_counted_by_data_set(before: Path) -> None:
+    make_run(before.parent / "after", BETTER, minutes=9)
+    for number, dataset in enumerate(("KMNIST", "MNIST", "KMNIST")):
+        make_run(before.parent / f"{number}", minutes=number, images="77", dataset=dataset)
+    text = overview_of_evening([before.parent]).text.replace("\n", " ")
+    assert text.endswith(
+        "Not here, since their folds are other images than the newest's: 2 on KMNIST, 1 on MNIST. "
+        "Name them to compare them."
+    )
 
 
 def test_an_overview_has_a_row_a_run_by_accuracy_with_the_best_marked(evening: list[PastRun]) -> None:
@@ -407,27 +529,141 @@ def test_a_run_that_was_resumed_is_marked_as_having_taken_longer(before: Path, t
 # The pictures
 
 
+def drawn(panel: Any) -> list[tuple[list[float], float, float, float]]:
+    """Return what is drawn in each row, from the top: each fold's difference, their mean, and its interval."""
+    folds, intervals, means = panel.collections
+    rows = []
+    for place, (mean, segment) in enumerate(zip(means.get_offsets(), intervals.get_segments(), strict=True)):
+        assert place - 0.5 < mean[1] == segment[0][1] == segment[1][1] < place  # above the middle of the row
+        points = [x for x, y in folds.get_offsets() if place < y < place + 0.5]  # and these below it
+        rows.append((points, mean[0], segment[0][0], segment[1][0]))
+    assert sum(len(row[0]) for row in rows) == len(folds.get_offsets())
+    return rows
+
+
+def reach_of(in_folds: np.ndarray) -> float:
+    """Return how far the 95 % interval of five folds' differences reaches to either side."""
+    return t.isf(0.025, 4) * in_folds.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
+
+
 def test_the_picture_of_a_pair_shows_each_folds_difference_and_the_corrected_interval(
     before: Path, tmp_path: Path
 ) -> None:
-    figure = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure()
-    accuracy, loss, classes = figure.axes
-    assert [label.get_text() for label in classes.get_yticklabels()] == ["Coat", "Shirt"]
-    assert accuracy.get_title().startswith("accuracy") and loss.get_title().startswith("loss")
+    accuracy, loss, classes = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure().axes
     gains = BETTER - BASE
-    points = np.asarray(accuracy.collections[0].get_offsets())
-    np.testing.assert_allclose(points[:, 0], gains)
-    interval = np.asarray(accuracy.collections[1].get_paths()[0].vertices)
-    reach = t.isf(0.025, 4) * gains.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
-    np.testing.assert_allclose(interval[:, 0], [gains.mean() - reach, gains.mean() + reach])
+    for panel, gains_of_rows in ((accuracy, [gains]), (loss, [-gains]), (classes, [gains, 2 * gains])):
+        assert len(drawn(panel)) == len(gains_of_rows)
+        for (points, mean, low, high), gains_of_row in zip(drawn(panel), gains_of_rows, strict=True):
+            np.testing.assert_allclose(points, gains_of_row)
+            np.testing.assert_allclose(
+                [low, mean, high],
+                gains_of_row.mean() + reach_of(gains) * np.array([-1, 0, 1]) * abs(gains_of_row.mean() / gains.mean()),
+            )
+
+
+def test_the_picture_of_a_pair_says_what_was_changed_and_what_it_did(before: Path, tmp_path: Path) -> None:
+    after = make_run(tmp_path / "after", BASE + (BETTER - BASE) * [1, 1, 1, 1, 1], mirror=True, epochs=3)
+    figure = compare(read_run(before), read_run(after)).figure()
+    accuracy, loss, classes = figure.axes
+    assert figure.get_suptitle() == "EPOCHS 10 → 3, MIRROR False → True\nafter\nagainst before"
+    assert accuracy.get_title() == "accuracy\n+0.0090 ± 0.0011: better"
+    assert loss.get_title() == "loss\n−0.0090 ± 0.0011: better"
+    assert classes.get_title() == "F1 of each class"
+    assert [label.get_text() for label in classes.get_yticklabels()] == ["Coat", "Shirt"]
+    assert [label.get_text() for panel in (accuracy, loss) for label in panel.get_yticklabels()] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "outcome"),
+    [
+        (NOISE, "+0.0002 ± 0.0017: cannot tell"),
+        (BASE - (BETTER - BASE), "−0.0090 ± 0.0011: worse"),
+        (BASE, "the same, to the bit"),
+    ],
+)
+def test_a_panels_title_says_what_the_folds_can_tell(
+    accuracies: np.ndarray, outcome: str, before: Path, tmp_path: Path
+) -> None:
+    figure = compare(read_run(before), read_run(make_run(tmp_path / "after", accuracies))).figure()
+    assert figure.axes[0].get_title() == f"accuracy\n{outcome}"
+
+
+def test_a_long_list_of_changes_is_broken_into_lines_above_the_picture(before: Path, tmp_path: Path) -> None:
+    after = make_run(tmp_path / "after", NOISE, **CHANGES[6], mirror=True)
+    *changes, name, _ = compare(read_run(before), read_run(after)).figure().get_suptitle().split("\n")
+    assert changes == [
+        "BATCH_SIZE 64 → 16, LEARNING_RATE 0.001 → 0.003, LR_SCHEDULE constant →",
+        "one_cycle, MIRROR False → True, PRECISION float32 → bfloat16, threads 1 → 2",
+    ]
+    assert name == "after"
+
+
+def test_no_difference_is_in_the_middle_of_a_panel_and_everything_within_it(before: Path, tmp_path: Path) -> None:
+    for accuracies, farthest in ((NOISE, 0.0051), (BASE, 0.0), (BASE + [0.0, 0.0, 0.0, 0.0, 0.1], 0.1)):
+        panel = compare(read_run(before), read_run(make_run(tmp_path / f"{farthest}", accuracies))).figure().axes[0]
+        left, right = panel.get_xlim()
+        assert -left == right and farthest < right < max(1.3 * farthest, 0.01)
+        assert [np.asarray(line.get_xydata()).tolist() for line in panel.lines] == [[[0, 0], [0, 1]]]
+        assert panel.get_xlabel() == "difference"
+
+
+def test_rows_are_read_from_the_top_and_every_second_has_a_band(evening: list[PastRun]) -> None:
+    for panel in overview_of(evening[0], evening[1:]).figure().axes:
+        bottom, top = panel.get_ylim()
+        assert (bottom, top) == (8.5, -0.5) and list(panel.get_yticks()) == list(range(9))
+        bands = [(patch.get_y(), patch.get_height()) for patch in panel.patches]  # type: ignore[attr-defined]
+        assert bands == [(0.5, 1), (2.5, 1), (4.5, 1), (6.5, 1)]
+
+
+def test_a_picture_of_many_runs_is_higher_and_their_rows_as_high(before: Path) -> None:
+    runs = [read_run(before)]
+    heights = []
+    for number in range(12):
+        runs.append(read_run(make_run(before.parent / f"{number}", BASE + number / 1e4)))
+        heights.append(overview_of(runs[0], runs[1:]).figure().get_size_inches()[1])
+    steps = np.diff(heights)
+    assert np.allclose(steps, steps[0]) and 0.3 < steps[0] < 0.6
+
+
+def test_the_legend_says_what_points_intervals_and_empty_marks_are(before: Path, tmp_path: Path) -> None:
+    figure = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure()
+    (legend,) = figure.legends
+    said = {text.get_text(): line for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
+    assert [(text, line.get_marker(), line.get_markerfacecolor()) for text, line in said.items()] == [
+        ("the difference in a fold", "o", BLUE),
+        ("their mean and its 95 % interval", "D", ORANGE),
+        ("chance may have done it (p ≥ 0.05, corrected for the number of rows)", "D", "white"),
+    ]
+
+
+def test_runs_without_a_class_in_common_are_drawn_without_classes(tmp_path: Path) -> None:
+    before, after = (make_run(tmp_path / name, gains, classes=()) for name, gains in (("a", BASE), ("b", BETTER)))
+    assert len(compare(read_run(before), read_run(after)).figure().axes) == 2
 
 
 def test_the_picture_of_several_has_a_row_a_run_and_says_which_side_is_better(evening: list[PastRun]) -> None:
     accuracy, loss = overview_of(evening[0], evening[1:]).figure().axes
     labels = [label.get_text() for label in accuracy.get_yticklabels()]
-    assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3"
+    assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3" and "26 Nov 18:37 a repetition" in labels
+    assert "26 Nov 18:35 network answers otherwise (its\ncode or initialisation)" in labels
+    assert [panel.get_title() for panel in (accuracy, loss)] == ["accuracy", "loss"]
+    assert accuracy.get_position().y0 == loss.get_position().y0  # side by side, the rows beside each other
+    for panel in (accuracy, loss):
+        assert len(drawn(panel)) == 9
+        assert [text.get_position() for text in panel.texts] == [(0.01, 1.01), (0.99, 1.01)]
+    assert drawn(accuracy)[0][1] == pytest.approx(0.039) and drawn(loss)[0][1] == pytest.approx(-0.039)
     assert [text.get_text() for text in accuracy.texts] == ["← worse", "better →"]
     assert [text.get_text() for text in loss.texts] == ["← better", "worse →"]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "1 run"), (2, "2 runs"), (40, "40 runs"), (41, "The 40 best of 41 runs")]
+)
+def test_the_title_of_several_says_how_many_there_are(count: int, said: str, before: Path) -> None:
+    first = read_run(before)
+    other = read_run(make_run(before.parent / "other", NOISE))
+    figure = overview_of(first, [other] * count).figure()
+    assert figure.get_suptitle() == f"{said} against before"
 
 
 def test_a_mean_is_filled_where_its_corrected_p_tells_it_from_chance(evening: list[PastRun]) -> None:
@@ -494,6 +730,10 @@ def test_of_many_runs_that_are_passed_over_only_some_are_named(command: Run, bef
         (make_run(before.parent / f"cut-off-{number}") / "results.json").unlink()
     output, _ = command()
     assert output.count("is unfinished: ") == 3 and "2 more runs are unfinished or cannot be compared." in output
+    for number in range(2):
+        shutil.rmtree(before.parent / f"cut-off-{number}")
+    output, _ = command()
+    assert output.count("is unfinished: ") == 3 and "more runs are unfinished" not in output
 
 
 def test_a_newest_run_whose_folds_diverged_is_passed_over_with_a_line(command: Run, before: Path) -> None:
@@ -539,7 +779,9 @@ def test_each_reason_against_a_comparison_is_given(command: Run, before: Path) -
     make_run(before.parent / "one", rng_seed=1, images="76")
     make_run(before.parent / "two", images="77")
     errors, status = command("before", "one", "two")
-    assert status == 2 and "other RNG_SEED" in errors and "other images in each fold: the data" in errors
+    reasons = [line for line in errors.splitlines() if line.startswith("  ")]
+    assert status == 2 and len(reasons) == 2
+    assert "other RNG_SEED" in reasons[0] and "other images in each fold: the data" in reasons[1]
     assert not list(before.parent.rglob("*.png"))
 
 
@@ -550,7 +792,23 @@ def test_the_command_explains_what_it_cannot_tell(
     with pytest.raises(SystemExit, match="0"):
         main()
     output = capsys.readouterr().out
-    assert "usage: python -m experiment.compare" in output and "What this cannot tell" in output
+    assert output.startswith("usage: python -m experiment.compare [-h] [--runs-dir FOLDER] [RUN ...]\n\nDid it help?")
+    assert "\n\nWhat this cannot tell. " in output and max(map(len, output.splitlines())) <= 80
+    assert " ".join(output.partition("\npositional arguments:\n")[2].split()) == (
+        "RUN a run's folder, or a part of its name that no other has, such as its time "
+        "options: -h, --help show this help message and exit "
+        "--runs-dir FOLDER where the runs lie (default: RUNS_DIR of the scripts)"
+    )
+
+
+def test_without_a_folder_the_command_looks_where_the_scripts_save_their_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", ["compare", "no run has this name"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "no run has this name" in str(end.value) + capsys.readouterr().err
 
 
 def test_two_hundred_runs_are_read_and_shown_at_once(tmp_path: Path) -> None:
