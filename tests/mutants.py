@@ -24,10 +24,16 @@ ADDED_TO_CONFTEST = """
 import shutil
 import matplotlib.figure, scipy.special, scipy.stats, sklearn.metrics, sklearn.model_selection  # once, not a fault
 
+_start = subprocess.Popen.__init__
 
-@pytest.fixture(autouse=True)
-def _settings_for_processes_that_begin_elsewhere(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+
+def _start_beside_mutmuts_settings(process, *arguments, cwd=None, **keywords):
+    if cwd and not (Path(cwd) / "pyproject.toml").exists():
+        shutil.copy(REPOSITORY / "pyproject.toml", cwd)
+    _start(process, *arguments, cwd=cwd, **keywords)
+
+
+subprocess.Popen.__init__ = _start_beside_mutmuts_settings
 """
 SURVIVED, NO_TESTS = 0, 33  # what mutmut notes of a fault, where it is not that a test failed
 NOT_TRIED = 255  # mutmut calls it a time-out; seen where a test's name has characters by which pytest cannot find it

@@ -93,8 +93,13 @@ def test_the_learning_curves_are_each_fold_their_mean_and_the_final_fit_after_ea
         expected.append((colour, True, list(enumerate(means[part], start=1))))
     expected.append(("black", False, list(enumerate(final, start=1))))
     assert drawn(panel) == expected
-    assert (panel.get_title(), panel.get_xlabel()) == (quantity, "epoch")
-    assert panel.get_ylabel().startswith(f"{quantity} (")
+    unit = {"loss": "mean cross-entropy an image", "accuracy": "share right"}[quantity]
+    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == (quantity, "epoch", f"{quantity} ({unit})")
+
+
+def test_loss_and_accuracy_stand_side_by_side(figures: dict[str, "Figure"]) -> None:
+    loss, accuracy = (panel.get_position() for panel in figures["learning_curves.png"].axes)
+    assert loss.x1 <= accuracy.x0 and loss.y0 == accuracy.y0
 
 
 def test_losses_that_became_very_small_are_drawn_on_a_logarithmic_scale() -> None:
@@ -104,19 +109,20 @@ def test_losses_that_became_very_small_are_drawn_on_a_logarithmic_scale() -> Non
         panels = draw_learning_curves({"fold-1": [losses | {"train/loss": 1.0}, losses]}).axes
         scales[last] = [panel.get_yscale() for panel in panels]
     assert scales == {0.05: ["linear", "linear"], 0.04: ["log", "linear"]}
+    assert panels[0].yaxis.get_major_formatter()(0.04) == "0.04"  # and no power of ten
 
 
-def test_the_legend_says_once_what_each_kind_of_curve_is(figures: dict[str, "Figure"]) -> None:
-    (legend,) = figures["learning_curves.png"].legends
-    colours = {BLUE: "training", ORANGE: "validation", "black": "training"}
-    said = {text.get_text(): str(line.get_color()) for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
-    assert said == {
-        "each fold": BLUE,
-        "mean: training (while it learns)": BLUE,
-        "mean: validation (the part held out)": ORANGE,
-        "final fit: training, on all images": "black",
-    }
-    assert all(colours[colour] in text for text, colour in said.items() if text != "each fold")
+@pytest.mark.parametrize("folds", [1, 3])
+def test_the_legend_says_once_what_each_kind_of_curve_is(folds: int) -> None:
+    histories = {f"fold-{number}": HISTORIES["fold-1"] for number in range(1, folds + 1)}
+    (legend,) = draw_learning_curves(histories | {"final": HISTORIES["final"]}).legends
+    said = [(text.get_text(), line.get_color()) for text, line in zip(legend.texts, legend.get_lines(), strict=True)]
+    assert said == [
+        ("each fold", BLUE),
+        ("mean: training (while it learns)", BLUE),
+        ("mean: validation (the part held out)", ORANGE),
+        ("final fit: training, on all images", "black"),
+    ]
 
 
 def test_while_fits_learn_the_mean_goes_as_far_as_every_fold_does() -> None:
@@ -188,7 +194,20 @@ def test_the_confusion_matrix_is_drawn_with_true_classes_downwards_in_shares_of_
     assert (plot.get_ylabel(), plot.get_xlabel()) == ("true class", "predicted class")
     for labels in (plot.get_yticklabels(), plot.get_xticklabels()):
         assert [label.get_text() for label in labels] == ["Coat", "Shirt", "Bag"]
-    assert "test images" in plot.get_title() and "share of the true class" in plot.get_title()
+    assert plot.get_title() == "What is taken for what: test images, and their share of the true class"
+    assert figures["confusion_matrix.png"].axes[1].get_ylabel() == "share of the true class (%)"
+
+
+def test_each_row_is_divided_by_its_own_class_and_a_shade_means_the_same_in_every_matrix(
+    result: ExperimentResult,
+) -> None:
+    assert result.final is not None
+    final = replace(result.final, confusion=[[3, 1, 1], [2, 6, 2], [1, 0, 0]])
+    (picture,) = make_figures(replace(result, final=final))["confusion_matrix.png"].axes[0].images
+    np.testing.assert_allclose(np.asarray(picture.get_array()), [[60, 20, 20], [20, 60, 20], [100, 0, 0]])
+    final = replace(result.final, confusion=[[3, 1, 1], [2, 6, 2], [3, 3, 4]])
+    (picture,) = make_figures(replace(result, final=final))["confusion_matrix.png"].axes[0].images
+    assert picture.get_clim() == (0, 100) and sum(picture.cmap(0.0)) > sum(picture.cmap(1.0))  # much is dark
 
 
 def test_each_cell_that_is_not_empty_says_how_many_images_it_has_and_their_share(figures: dict[str, "Figure"]) -> None:
@@ -231,6 +250,7 @@ def test_the_mistakes_are_shown_the_surest_first_with_their_images(figures: dict
         assert pixels.shape == (28, 28) and pixels[0, 1] == brightness == pixels.sum()
         assert plot.images[0].get_clim() == (0, 255)
         assert plot.images[0].origin == "upper"
+        assert sum(plot.images[0].cmap(0.0)) > sum(plot.images[0].cmap(1.0))  # ink is dark
     assert figures["mistakes.png"].get_suptitle() == "The surest mistakes on the test images"
 
 
@@ -240,6 +260,21 @@ def test_mistakes_stand_six_in_a_row_and_none_is_left_out() -> None:
     assert [bool(plot.images) for plot in axes] == [True] * 7 + [False] * 5
     assert not any(plot.axison for plot in axes)
     assert axes[6].get_subplotspec().rowspan.start == 1  # type: ignore[union-attr]  # all have one
+
+
+def test_a_picture_of_more_rows_of_mistakes_is_higher_and_each_row_as_high() -> None:
+    heights = []
+    for count in (1, 6, 7, 13):
+        mistakes = make_figures(make_hand_made_result(make_checkpoints([(SHIRT, 3, 0.75)] * count)))["mistakes.png"]
+        heights.append(mistakes.get_size_inches()[1])
+    assert heights[0] == heights[1] < heights[2] < heights[3]
+    assert heights[3] - heights[2] == pytest.approx(heights[2] - heights[1])
+
+
+def test_an_image_without_white_is_shown_as_grey_as_it_is(result: ExperimentResult) -> None:
+    grey = replace(result.mistakes[0], image=result.mistakes[0].image + 100)
+    plot = make_figures(replace(result, mistakes=[grey]))["mistakes.png"].axes[0]
+    assert plot.images[0].get_clim() == (0, 255)
 
 
 def test_a_network_without_a_mistake_has_a_figure_that_says_so(result: ExperimentResult) -> None:
@@ -254,7 +289,7 @@ def test_a_network_without_a_mistake_has_a_figure_that_says_so(result: Experimen
 class Clock:
     """Stands for the time: it goes on by hand, and by `step` whenever something is drawn."""
 
-    now = 0.0
+    now = 1000.0  # its zero is anywhere
 
     def monotonic(self) -> float:
         return self.now
@@ -278,8 +313,9 @@ def test_the_curves_are_drawn_while_the_fits_learn_in_a_hundredth_of_the_time_at
     growing: tuple[Clock, GrowingCurves, list[str]],
 ) -> None:
     clock, curves, saved = growing
-    for now, drawn_by_then in ((99, 0), (101, 1), (399, 1), (401, 2)):  # 2 s were spent, 2 more would be 4 of 400
-        clock.now = now
+    # 2 s were spent when it is 400, and 2 more would be 4
+    for now, drawn_by_then in ((99, 0), (101, 1), (399, 1), (401, 2), (599, 2), (601, 3)):
+        clock.now = 1000 + now
         curves.draw(HISTORIES)
         assert len(saved) == drawn_by_then, now
     assert set(saved) == {"learning_curves.png"}
@@ -294,7 +330,7 @@ def test_curves_that_cannot_be_saved_are_a_line_and_not_the_end(
     clock = Clock()
     monkeypatch.setattr(figures_room, "time", clock)
     curves = GrowingCurves(refuse)
-    clock.now = 1000
+    clock.now = 2000
     curves.draw(HISTORIES)
     assert capsys.readouterr().err.startswith("Without learning_curves.png for now: OSError: ")
 
@@ -416,7 +452,8 @@ def test_the_report_shows_the_network_and_its_weights(result: ExperimentResult) 
 
 
 def test_the_report_names_machine_and_versions_and_nothing_that_is_empty(result: ExperimentResult) -> None:
-    assert section(report_of(result), "Machine").splitlines() == [
+    described = replace(result, environment={"resumed": False} | ENVIRONMENT)
+    assert section(report_of(described), "Machine").splitlines() == [
         "| what | value |",
         "| --- | --- |",
         "| started | 2026-11-26T18:30:00+00:00 |",
@@ -432,11 +469,12 @@ def test_the_report_names_machine_and_versions_and_nothing_that_is_empty(result:
 def test_the_report_says_what_else_there_is_and_the_model_only_where_there_is_one(result: ExperimentResult) -> None:
     logged = replace(result, environment=ENVIRONMENT | {"wandb_run_ids": {"final": "abc"}})
     lines = section(report_of(logged), "More").splitlines()
-    assert [re.findall(r"`(.*?)`", line)[0] for line in lines] == [
-        "results.json",
-        "model.pt",
-        f"python -m experiment.classify picture.png --run {RUN_NAME}",
-        RUN_NAME,
+    assert lines == [
+        "- `results.json`: every figure at full precision; `config.json`: what was asked.",
+        "- `model.pt`: the weights of the final network, for `load_state_dict`.",
+        f"- `python -m experiment.classify picture.png --run {RUN_NAME}` asks the final network about a picture of "
+        "yours.",
+        f"- In Weights & Biases: the runs of the group `{RUN_NAME}`.",
     ]
     without = section(report_of(replace(logged, final=None)), "More")
     assert "model.pt" not in without and "classify" not in without and RUN_NAME in without
