@@ -26,10 +26,20 @@ from torch import Tensor, nn
 import main_cnn
 import main_tutorial
 from experiment.errors import ConfigurationError, RunError
-from experiment.network import Network, check_trial, same_answers, same_network, start_trial, try_network
+from experiment.network import (
+    Network,
+    _users_own_modules,
+    check_trial,
+    is_still,
+    same_answers,
+    same_network,
+    start_trial,
+    try_network,
+)
 from experiment.plan import Plan
 from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
+from train_utils import Failure
 
 HERE = Plan(device="cpu", precision="float32", threads=1, workers=1, executor=None)
 SENT = Plan(device="cpu", precision="float32", threads=1, workers=2, executor=None)
@@ -615,6 +625,25 @@ def test_two_networks_are_the_same_if_they_answer_alike_to_a_part_in_a_thousand(
     assert not same_network(network, network | {"answers": network["answers"][:-1]})
 
 
+def test_a_class_still_builds_what_was_trained_under_another_name_and_not_once_it_was_edited() -> None:
+    class Renamed(NeuralNetwork):
+        pass
+
+    class Negated(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            return -super().forward(images)
+
+    class Random(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * int.from_bytes(os.urandom(2))
+
+    trained = try_network(NeuralNetwork, HERE).to_dict()
+    assert is_still(trained, NeuralNetwork) and is_still(trained, Renamed)
+    assert not is_still(trained, Negated) and not is_still(trained, ConvolutionalNeuralNetwork)
+    assert is_still(trained, Random)  # which answers otherwise each time, so that its structure alone counts
+    assert not is_still(try_network(ConvolutionalNeuralNetwork, HERE).to_dict(), Random)
+
+
 EDITS = {
     "a helper function": ("return SCALE * images", "return -SCALE * images"),
     "a constant beside the class": ("SCALE = 1.0", "SCALE = 1.1"),
@@ -758,3 +787,62 @@ def test_an_executor_that_cannot_take_its_first_call_is_told_of_with_the_whole_r
     failed.set_exception(RuntimeError("It occurs if both\nhave different environments.\n\nMore in a page."))
     with pytest.raises(RunError, match=r"RuntimeError: It occurs if both have different environments\.$"):
         check_trial(network, failed)
+
+
+ADVICE = "Define it where other processes can import or rebuild all that it needs, or set WORKERS = 1"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError("weights.txt\nsecond line"), "FileNotFoundError: weights.txt"),
+        (ValueError(), "ValueError: ValueError"),
+    ],
+)
+def test_what_goes_wrong_where_it_would_be_trained_is_said_in_a_line_with_advice(error: Exception, said: str) -> None:
+    network, trial = try_network(NeuralNetwork, HERE), Future[Any]()
+    trial.set_result(Failure(error))
+    with pytest.raises(ConfigurationError) as refused:
+        check_trial(network, trial)
+    begin = "NeuralNetwork works here, but not in the process that would train it: "
+    assert str(refused.value) == f"{begin}{said}. {ADVICE}"
+
+
+@pytest.mark.parametrize("change", [{"answers": [1.0] * 80}, {"weights": 1}, {"problem": "must return logits"}])
+def test_a_network_that_is_another_one_where_it_would_be_trained_is_refused_with_advice(
+    change: dict[str, Any],
+) -> None:
+    network, trial = try_network(NeuralNetwork, HERE), Future[Any]()
+    trial.set_result(network.to_dict() | {"problem": None} | change)
+    with pytest.raises(ConfigurationError) as refused:
+        check_trial(network, trial)
+    begin = "NeuralNetwork is another network in the process that would train it: it answers otherwise. "
+    assert str(refused.value) == begin + ADVICE
+
+
+def test_an_executor_that_takes_no_more_work_is_named_with_its_reason() -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    said = "ThreadPoolExecutor takes no more work: cannot schedule new futures after shutdown"
+    with pytest.raises(RunError, match=f"^{said}$"):
+        start_trial(try_network(NeuralNetwork, HERE), HERE, pool)
+
+
+def test_an_agents_stop_while_work_is_handed_over_is_no_fault_of_the_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Exception()  # which W&B's agent puts, bare, into the thread that it started
+
+    class Stopped(ThreadPoolExecutor):
+        def submit(self, *_arguments: Any, **_keywords: Any) -> Any:
+            raise stop
+
+    monkeypatch.setitem(sys.modules, "wandb.agents.pyagent", ModuleType("wandb.agents.pyagent"))
+    with Stopped(1) as pool, pytest.raises(Exception) as ended:  # noqa: B017
+        start_trial(try_network(NeuralNetwork, HERE), HERE, pool)
+    assert ended.value is stop
+
+
+def test_of_the_modules_in_memory_the_users_own_alone_are_sent(module: ModuleType) -> None:
+    sent = {each.__name__ for each in _users_own_modules()}
+    assert {"users_own", "models", "main_cnn", __name__} <= sent
+    for name in ("torch.nn", "numpy", "pytest", "json", "pathlib", "experiment.plan", "experiment", "train_utils"):
+        assert name in sys.modules and name not in sent
