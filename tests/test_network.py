@@ -836,7 +836,7 @@ def test_an_agents_stop_while_work_is_handed_over_is_no_fault_of_the_executor(mo
             raise stop
 
     monkeypatch.setitem(sys.modules, "wandb.agents.pyagent", ModuleType("wandb.agents.pyagent"))
-    with Stopped(1) as pool, pytest.raises(Exception) as ended:  # noqa: B017
+    with Stopped(1) as pool, pytest.raises(Exception) as ended:
         start_trial(try_network(NeuralNetwork, HERE), HERE, pool)
     assert ended.value is stop
 
