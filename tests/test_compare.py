@@ -500,7 +500,8 @@ def test_an_overview_says_what_the_best_of_many_is_worth(evening: list[PastRun])
 
 def test_where_the_first_is_the_best_an_overview_says_so(before: Path, tmp_path: Path) -> None:
     worse = read_run(make_run(tmp_path / "worse", BASE - 0.01 + (NOISE - BASE)))
-    assert "No run has a higher accuracy" in overview_of(read_run(before), [worse]).text
+    said = "* No run has a higher accuracy than the one that all are compared with."
+    assert said in overview_of(read_run(before), [worse]).text.splitlines()
 
 
 def test_a_run_of_today_has_its_time_and_another_its_date_and_time(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiment.errors import RunError
 from experiment.run_directory import RunDirectory, path_from_here, save_atomically
@@ -102,6 +103,49 @@ def test_a_checkpoint_that_is_not_there_is_none_and_nothing_is_said(
 ) -> None:
     assert directory(tmp_path, unlike(NETWORK)).load_checkpoint("fold-1") is None
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    folder = directory(tmp_path, unlike(NETWORK))
+    folder.save_checkpoint("fold-1", {"state": torch.arange(3.0), "history": [{"epoch": 1}], "failure": None})
+    loaded = folder.load_checkpoint("fold-1")
+    assert loaded is not None and torch.equal(loaded.pop("state"), torch.arange(3.0))
+    assert loaded == {"history": [{"epoch": 1}], "failure": None, "belongs_to": f"fold-1 {folder.wandb_id}"}
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled, as a checkpoint from somebody else may."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what is called."""
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder = directory(tmp_path, unlike(NETWORK))
+    folder.save_checkpoint("fold-1", {"history": RunsCode(tmp_path / "made")})
+    assert folder.load_checkpoint("fold-1") is None and not (tmp_path / "made").exists()
+
+
+def test_where_a_folder_is_deleted_after_a_run_went_on_its_earlier_epochs_come_back_too(tmp_path: Path) -> None:
+    first = directory(tmp_path / "runs", unlike(NETWORK))
+    first.save_checkpoint("fold-1", {"history": [1]})
+    first.__exit__(KeyboardInterrupt, None, None)
+    again = directory(tmp_path / "runs", unlike(NETWORK))
+    assert again.load_checkpoint("fold-1") is not None
+    shutil.rmtree(tmp_path / "runs")
+    again.save_checkpoint("final", {"history": [1, 2]})
+    assert {path.name for path in again.path.iterdir()} == {".lock", "config.json", "fold-1.pt", "final.pt"}
+
+
+def test_a_run_whose_lock_somebody_deleted_can_be_finished(tmp_path: Path) -> None:
+    folder = directory(tmp_path, unlike(NETWORK))
+    (folder.path / ".lock").unlink()
+    folder.finish({"folds": []})
+    assert (folder.path / "results.json").exists()
 
 
 def test_why_a_checkpoint_cannot_be_used_is_said_in_a_line(
