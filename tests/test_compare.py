@@ -652,6 +652,7 @@ def test_the_picture_of_several_has_a_row_a_run_and_says_which_side_is_better(ev
     for panel in (accuracy, loss):
         assert len(drawn(panel)) == 9
         assert [text.get_position() for text in panel.texts] == [(0.01, 1.01), (0.99, 1.01)]
+    assert not any(label.get_visible() for label in loss.get_yticklabels())  # they stand at the left
     assert drawn(accuracy)[0][1] == pytest.approx(0.039) and drawn(loss)[0][1] == pytest.approx(-0.039)
     assert [text.get_text() for text in accuracy.texts] == ["← worse", "better →"]
     assert [text.get_text() for text in loss.texts] == ["← better", "worse →"]

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -576,3 +577,67 @@ def test_of_the_modules_in_memory_the_users_own_alone_are_sent(module: ModuleTyp
     assert {"users_own", "models", "main_cnn", __name__} <= sent
     for name in ("torch.nn", "numpy", "pytest", "json", "pathlib", "experiment.plan", "experiment", "train_utils"):
         assert name in sys.modules and name not in sent
+
+
+class ArrayInState(NeuralNetwork):
+    """Keeps an array of numpy's in its state."""
+
+    def get_extra_state(self) -> Any:
+        """Return what a checkpoint cannot hold."""
+        return np.zeros(3)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take it back."""
+
+
+class PathInState(ArrayInState):
+    """Keeps a path in its state."""
+
+    def get_extra_state(self) -> Any:
+        """Return what a checkpoint cannot hold."""
+        return Path("here")
+
+
+class Growing(NeuralNetwork):
+    """Has a buffer that grows."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        self.seen = torch.cat([self.seen, images.mean().detach().view(1)])
+        return super().forward(images)
+
+
+class Expanded(nn.Module):
+    """Its weights overlap in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(784, 1).expand(784, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return images.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (
+            ArrayInState,
+            "ArrayInState keeps what no checkpoint can hold (in _extra_state): beside tensors only numbers, ",
+        ),
+        (PathInState, "PathInState keeps what no checkpoint can hold (in _extra_state): beside tensors only "),
+        (Growing, "Growing cannot go on from its own state, as it must in each epoch: size mismatch for seen"),
+        (Expanded, "Expanded has weights that the optimizer cannot change: unsupported operation"),
+    ],
+)
+def test_what_could_not_go_on_in_the_second_epoch_is_found_in_the_trial(network: type[nn.Module], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(says)}") as refused:
+        try_network(network, HERE)
+    assert "\n" not in str(refused.value)

@@ -1,6 +1,7 @@
 """A run's folder: which one goes on, what is saved in it and how, and what is said of it."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from experiment.errors import RunError
 from experiment.run_directory import RunDirectory, path_from_here, save_atomically
@@ -139,6 +141,7 @@ def test_where_a_folder_is_deleted_after_a_run_went_on_its_earlier_epochs_come_b
     shutil.rmtree(tmp_path / "runs")
     again.save_checkpoint("final", {"history": [1, 2]})
     assert {path.name for path in again.path.iterdir()} == {".lock", "config.json", "fold-1.pt", "final.pt"}
+    assert json.loads((again.path / "config.json").read_text())["wandb_id"] == first.wandb_id
 
 
 def test_a_run_whose_lock_somebody_deleted_can_be_finished(tmp_path: Path) -> None:
@@ -278,7 +281,24 @@ def test_what_lies_among_the_runs_and_is_none_is_passed_over(tmp_path: Path) -> 
     for number, content in enumerate(("", "[]", "{", '{"identity": 3}', '{"identity": {"network": {}}}')):
         (tmp_path / f"Dyn[3]-Digits-{number}").mkdir()
         (tmp_path / f"Dyn[3]-Digits-{number}" / "config.json").write_text(content)
-    assert not directory(tmp_path, unlike(NETWORK)).resumed
+    begun = directory(tmp_path, unlike(NETWORK))
+    assert not begun.resumed
+    begun.__exit__(None, None, None)
+    os.utime(begun.path / "config.json", (1, 1))  # all else is newer
+    assert directory(tmp_path, unlike(NETWORK)).path == begun.path
+
+
+def test_where_the_file_system_has_no_locks_a_run_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_arguments: Any, **_keywords: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    first = directory(tmp_path, unlike(NETWORK))
+    assert directory(tmp_path, unlike(NETWORK)).path == first.path
+    said = "Without a lock: OSError: [Errno 37] No locks available"
+    assert [line.startswith(said) for line in capsys.readouterr().err.splitlines()] == [True, True]
 
 
 def test_a_folder_that_is_deleted_while_the_run_is_on_is_made_again_with_all_that_is_in_memory(
