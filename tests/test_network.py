@@ -515,7 +515,9 @@ def test_a_compiled_network_raises_no_doubt_of_its_own(capfd: pytest.CaptureFixt
 
 def test_an_executor_that_cannot_take_its_first_call_is_told_of_with_the_whole_reason() -> None:
     network, failed = try_network(NeuralNetwork, HERE), Future[Any]()
-    failed.set_exception(RuntimeError("It occurs if both\nhave different environments.\n\nMore in a page."))
+    failed.set_exception(
+        RuntimeError("It occurs if both\nhave different environments.\n\nMore in a page.\n\nAnd more.")
+    )
     with pytest.raises(RunError, match=r"RuntimeError: It occurs if both have different environments\.$"):
         check_trial(network, failed)
 
