@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,53 +56,54 @@ def test_a_server_that_answers_200_and_knows_no_viewer_refuses_the_key(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_server_that_is_none_of_wandbs_is_replaced_by_offline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    class AnswersHtml(http.server.BaseHTTPRequestHandler):
+@contextmanager
+def server_that(answer: Callable[[http.server.BaseHTTPRequestHandler], bytes]) -> Iterator[str]:
+    """Start a server that answers with status 200; yield its address."""
+
+    class Answering(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            content = answer(self)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"<html>Log in to the hotel's network</html>")
+            self.wfile.write(content)
 
         def log_message(self, *_arguments: object) -> None:
             pass
 
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AnswersHtml) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        assert choose_mode("auto", tmp_path / "none")[0] == "offline"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_a_server_that_is_none_of_wandbs_is_replaced_by_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with server_that(lambda request: b"<html>Log in to the hotel's network</html>") as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        assert choose_mode("auto", tmp_path / "none")[0] == "offline"
     assert "as it should (it does not speak as W&B does), so" in capfd.readouterr().err
 
 
 def test_the_key_is_sent_where_wandb_sends_it_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    class Records(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, self.headers["Authorization"], content))
-            del self.headers["Authorization"]
-            seen.append(str(self.headers))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"data": {"viewer": {"id": "me"}}}')
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
+    def remember(request: http.server.BaseHTTPRequestHandler) -> bytes:
+        seen.append((request.path, request.headers["Authorization"]))
+        del request.headers["Authorization"]
+        seen.append(str(request.headers))
+        seen.append(json.loads(request.rfile.read(int(request.headers["Content-Length"]))))
+        return b'{"data": {"viewer": {"id": "me"}}}'
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Records) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    with server_that(remember) as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
         assert choose_mode("auto", tmp_path / "none") == ("online", KEY)
-        server.shutdown()
     basic = base64.b64encode(f"api:{KEY}".encode()).decode()  # the user of W&B's own client
-    request, other_headers = seen
-    assert request == ("/graphql", f"Basic {basic}", {"query": "query Viewer { viewer { id } }"})
-    assert KEY not in other_headers
+    where, other_headers, content = seen
+    assert where == ("/graphql", f"Basic {basic}") and KEY not in other_headers
+    assert content == {"query": "query Viewer { viewer { id } }"}
 
 
 def test_a_server_that_answers_500_is_replaced_by_offline(
