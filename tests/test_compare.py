@@ -626,6 +626,32 @@ def test_a_picture_of_many_runs_is_higher_and_their_rows_as_high(before: Path) -
     assert np.allclose(steps, steps[0]) and 0.3 < steps[0] < 0.6
 
 
+def test_a_picture_of_a_pair_has_as_much_room_for_each_class(tmp_path: Path) -> None:
+    heights, figure = [], None
+    for count in (0, 2, 4, 6):
+        names = [f"class {number}" for number in range(count)]
+        runs = [
+            make_run(tmp_path / f"{count}-{name}", gains, classes=names) for name, gains in (("a", BASE), ("b", BETTER))
+        ]
+        figure = compare(*map(read_run, runs)).figure()
+        heights.append(figure.get_size_inches()[1])
+    steps = np.diff(heights)
+    assert steps[1] == pytest.approx(steps[2]) and 0.5 < steps[1] < 0.9 and 0.5 < steps[0] < 1.5
+    assert figure is not None
+    png_of(figure)  # which lays it out
+    accuracy, loss, classes = (panel.get_position() for panel in figure.axes)
+    assert accuracy.x0 < loss.x0 and accuracy.y0 == loss.y0 > classes.y1
+    assert classes.x0 == accuracy.x0 and classes.x1 == loss.x1 > 0.9
+    assert classes.height > 1.2 * accuracy.height
+
+
+def test_a_run_of_today_is_labelled_with_its_time_alone(before: Path, tmp_path: Path) -> None:
+    today = (datetime.now().replace(hour=0, minute=1) - STARTED) / timedelta(minutes=1)
+    after = make_run(tmp_path / "after", NOISE, minutes=today, epochs=3)
+    (label,) = overview_of(read_run(before), [read_run(after)]).figure().axes[0].get_yticklabels()
+    assert label.get_text() == "00:01 EPOCHS 10 → 3"
+
+
 def test_the_legend_says_what_points_intervals_and_empty_marks_are(before: Path, tmp_path: Path) -> None:
     figure = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure()
     (legend,) = figure.legends

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -539,6 +540,18 @@ def test_what_goes_wrong_where_it_would_be_trained_is_said_in_a_line_with_advice
         check_trial(network, trial)
     begin = "NeuralNetwork works here, but not in the process that would train it: "
     assert str(refused.value) == f"{begin}{said}. {ADVICE}"
+
+
+def test_what_a_network_raises_where_it_would_be_trained_is_no_fault_of_the_executor() -> None:
+    class InTheMainThreadAlone(NeuralNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            if threading.current_thread() is not threading.main_thread():
+                raise OSError("no such thread")
+
+    network = try_network(InTheMainThreadAlone, HERE)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigurationError, match=": OSError: no such thread. Define"):
+        check_trial(network, start_trial(network, HERE, pool))
 
 
 @pytest.mark.parametrize("change", [{"answers": [1.0] * 80}, {"weights": 1}, {"problem": "must return logits"}])
