@@ -23,6 +23,7 @@ from experiment.figures import (
     draw_figures,
     draw_learning_curves,
     make_figures,
+    png_of,
     report_text,
 )
 from experiment.results import ExperimentResult
@@ -490,3 +491,20 @@ def test_the_command_that_classifies_says_where_the_run_and_its_network_are(
     elsewhere = replace(result, run_dir=tmp_path / "with a blank" / RUN_NAME)
     report = report_text(elsewhere, NETWORK | {"name": "Own"}, "", [])
     assert f"--run {RUN_NAME} --runs-dir '{tmp_path}/with a blank' --network file.py:Own` asks" in report
+
+
+def test_a_models_file_in_another_encoding_is_read_all_the_same(
+    result: ExperimentResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models.py").write_bytes("# für mich\nclass Own(nn.Module):\n".encode("latin-1"))
+    monkeypatch.setattr(figures_room, "PROJECT_DIR", tmp_path)
+    report = report_text(result, NETWORK | {"name": "Own"}, "", [])
+    assert "experiment.classify picture.png" in report and "--network" not in report
+
+
+@pytest.mark.parametrize("name", ["learning_curves.png", "per_class.png"])
+def test_a_legend_stands_below_what_it_explains(name: str, figures: dict[str, "Figure"]) -> None:
+    png_of(figures[name])  # which lays it out
+    (legend,) = figures[name].legends
+    top = legend.get_window_extent().y1
+    assert all(top <= panel.get_window_extent().y0 for panel in figures[name].axes)
