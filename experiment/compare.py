@@ -68,7 +68,8 @@ CLASSES_SHOWN = 3
 ROWS_DRAWN = 40  # runs in a picture
 
 # How the pictures look, as keyword arguments of matplotlib's; a mean's inside says whether it is told from chance.
-FOLD_POINTS: Look = {"color": BLUE, "alpha": 0.6}
+FOLD_COLOUR: Look = {"color": BLUE, "alpha": 0.6}
+FOLD_POINTS: Look = {"s": 20, "linewidth": 0, **FOLD_COLOUR}
 MEANS: Look = {"marker": "D", "edgecolors": ORANGE, "s": 30, "zorder": 3}
 INTERVALS: Look = {"fmt": "none", "color": ORANGE, "capsize": 3}
 TOLD, NOT_TOLD = ORANGE, "white"
@@ -684,7 +685,7 @@ def _draw_effects(panel: "Axes", effects: Sequence[Effect], labels: Sequence[str
     panel.axvline(0, **NO_DIFFERENCE)
     points = np.concatenate([effect.in_folds for effect in effects])
     rows = np.repeat(places, [len(effect.in_folds) for effect in effects])
-    panel.scatter(points, rows + 0.2, s=20, linewidth=0, **FOLD_POINTS)
+    panel.scatter(points, rows + 0.2, **FOLD_POINTS)
     means, reaches = np.array([(effect.mean, effect.reach) for effect in effects]).T
     panel.errorbar(means, places - 0.15, xerr=reaches, **INTERVALS)
     fills = [TOLD if p < SIGNIFICANT else NOT_TOLD for p in p_values]
@@ -715,7 +716,7 @@ def _finish(figure: "Figure", title: str) -> None:
     """Give a figure its title, and the legend that its panels share."""
     from matplotlib.lines import Line2D
 
-    fold = Line2D([], [], marker="o", linestyle="none", label="the difference in a fold", **FOLD_POINTS)
+    fold = Line2D([], [], marker="o", linestyle="none", label="the difference in a fold", **FOLD_COLOUR)
     told = Line2D([], [], marker="D", color=TOLD, label="their mean and its 95 % interval")
     chance = "chance may have done it (p ≥ 0.05, corrected for the number of rows)"
     not_told = Line2D([], [], marker="D", color=ORANGE, markerfacecolor=NOT_TOLD, label=chance)

@@ -2,18 +2,19 @@
 
     make mutants                            # all rooms, one after another, the quick ones first: hours
     make mutants ROOMS="results console"    # these
+    make mutants ROOMS="--again console"    # what survived there the last time: after more tests, for the same room
 
 What survives is listed by name; `cd .mutants/results && ../../.venv/bin/mutmut show <name>` shows the fault. Each room
 is a copy of the repository in `.mutants/`, so what is being edited meanwhile takes no part.
 """
 
+import argparse
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -59,16 +60,42 @@ ROOMS = {
 
 def main() -> None:
     """Measure the rooms that the command line names, or all."""
-    rooms = sys.argv[1:] or list(ROOMS)
-    unknown = [room for room in rooms if room not in ROOMS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"one of {', '.join(ROOMS)}")
+    parser.add_argument("--again", action="store_true", help="only the faults that survived the last time")
+    arguments = parser.parse_args()
+    unknown = [room for room in arguments.rooms if room not in ROOMS]
     if unknown:
-        sys.exit(f"No such room: {', '.join(unknown)}. There are {', '.join(ROOMS)}.")
+        parser.error(f"no such room: {', '.join(unknown)}. There are {', '.join(ROOMS)}")
     lines = []
-    for room in rooms:
-        copy_to(COPIES / room, room)
-        run_mutmut(COPIES / room)
-        lines.append(score_of(COPIES / room, room))
+    for room in arguments.rooms or ROOMS:
+        codes = codes_of(room) if arguments.again else {}
+        survivors = [name for name, code in codes.items() if is_missed(code)]
+        if survivors or not arguments.again:
+            copy_to(COPIES / room, room)
+            run_mutmut(COPIES / room, survivors)
+            codes |= {name: code for name, code in codes_of(room).items() if name in survivors or name not in codes}
+            save_codes(room, codes)
+        lines.append(score_of(room, codes))
         print_table(lines)
+
+
+def codes_of(room: str) -> dict[str, int | None]:
+    """Return what mutmut noted of each fault: what pytest ended with, or why it was not tried."""
+    path, _ = ROOMS[room]
+    content = json.loads((COPIES / room / "mutants" / f"{path}.meta").read_text())
+    return content["exit_code_by_key"]
+
+
+def save_codes(room: str, codes: dict[str, int | None]) -> None:
+    """Keep what is known of each fault, also of those that were not tried again, where `mutmut results` shows it."""
+    meta = COPIES / room / "mutants" / f"{ROOMS[room][0]}.meta"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"exit_code_by_key": codes}))
+
+
+def is_missed(code: int | None) -> bool:
+    """Return whether no test noticed a fault."""
+    return code in (SURVIVED, NO_TESTS)
 
 
 def print_table(rows: list[str]) -> None:
@@ -114,23 +141,19 @@ def settings_of(room: str) -> str:
     return "\n".join(["", "[tool.mutmut]", *lines, ""])
 
 
-def run_mutmut(folder: Path) -> None:
-    """Try each fault, one at a time: the machine is shared."""
+def run_mutmut(folder: Path, faults: list[str]) -> None:
+    """Try these faults, or all, one at a time: the machine is shared."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    subprocess.run([MUTMUT, "run", "--max-children", "1"], cwd=folder, env=environment, check=False)
+    subprocess.run([MUTMUT, "run", "--max-children", "1", *faults], cwd=folder, env=environment, check=True)
 
 
-def score_of(folder: Path, room: str) -> str:
+def score_of(room: str, codes: dict[str, int | None]) -> str:
     """Return the room's row of the table; a fault that makes a test hang or crash is noticed, too."""
-    path, _ = ROOMS[room]
-    content = json.loads((folder / "mutants" / f"{path}.meta").read_text())
-    codes = Counter(content["exit_code_by_key"].values())
-    faults = codes.total()
-    missed = codes[SURVIVED] + codes[NO_TESTS]
-    not_tried = codes[NOT_TRIED] + codes[None]
-    noticed = faults - missed - not_tried
-    return f"| `{room}` | {faults} | {noticed} | {100 * noticed / faults:.1f} % | {not_tried} |"
+    missed = sum(is_missed(code) for code in codes.values())
+    not_tried = sum(code in (None, NOT_TRIED) for code in codes.values())
+    noticed = len(codes) - missed - not_tried
+    return f"| `{room}` | {len(codes)} | {noticed} | {100 * noticed / len(codes):.1f} % | {not_tried} |"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Configure, start_python
+from matplotlib.colors import same_color, to_rgb
 from PIL import Image
 from scipy.stats import t, ttest_rel
 from synthetic_runs import BASE, BETTER, NOISE, PRINTED, STARTED, make_identity, make_results, make_run
@@ -533,6 +534,8 @@ def test_a_run_that_was_resumed_is_marked_as_having_taken_longer(before: Path, t
 def drawn(panel: Any) -> list[tuple[list[float], float, float, float]]:
     """Return what is drawn in each row, from the top: each fold's difference, their mean, and its interval."""
     folds, intervals, means = panel.collections
+    assert same_color(folds.get_facecolor()[0][:3], to_rgb(BLUE)) and same_color(means.get_edgecolor()[0], ORANGE)
+    assert same_color(panel.lines[0].get_color(), "black")  # no difference
     rows = []
     for place, (mean, segment) in enumerate(zip(means.get_offsets(), intervals.get_segments(), strict=True)):
         assert place - 0.5 < mean[1] == segment[0][1] == segment[1][1] < place  # above the middle of the row
