@@ -536,6 +536,7 @@ def drawn(panel: Any) -> list[tuple[list[float], float, float, float]]:
     folds, intervals, means = panel.collections
     assert same_color(folds.get_facecolor()[0][:3], to_rgb(BLUE)) and same_color(means.get_edgecolor()[0], ORANGE)
     assert same_color(panel.lines[0].get_color(), "black")  # no difference
+    assert len(panel.lines) == 3 and same_color(intervals.get_color()[0], ORANGE)  # with a cap at each end
     rows = []
     for place, (mean, segment) in enumerate(zip(means.get_offsets(), intervals.get_segments(), strict=True)):
         assert place - 0.5 < mean[1] == segment[0][1] == segment[1][1] < place  # above the middle of the row
@@ -659,11 +660,25 @@ def test_the_legend_says_what_points_intervals_and_empty_marks_are(before: Path,
     figure = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure()
     (legend,) = figure.legends
     said = {text.get_text(): line for text, line in zip(legend.texts, legend.get_lines(), strict=True)}
-    assert [(text, line.get_marker(), line.get_markerfacecolor()) for text, line in said.items()] == [
-        ("the difference in a fold", "o", BLUE),
-        ("their mean and its 95 % interval", "D", ORANGE),
-        ("chance may have done it (p ≥ 0.05, corrected for the number of rows)", "D", "white"),
+    marks = [
+        (line.get_marker(), line.get_linestyle(), line.get_color(), line.get_markerfacecolor())
+        for line in said.values()
     ]
+    assert dict(zip(said, marks, strict=True)) == {
+        "the difference in a fold": ("o", "None", BLUE, BLUE),
+        "their mean and its 95 % interval": ("D", "-", ORANGE, ORANGE),
+        "chance may have done it (p ≥ 0.05, corrected for the number of rows)": ("D", "-", ORANGE, "white"),
+    }
+
+
+def test_above_a_panel_stands_which_side_is_better(before: Path, tmp_path: Path) -> None:
+    figure = compare(read_run(before), read_run(make_run(tmp_path / "after", BETTER))).figure()
+    png_of(figure)  # which lays it out
+    for panel in figure.axes:
+        box = panel.get_window_extent()
+        left, right = (text.get_window_extent() for text in panel.texts)
+        assert box.x0 <= left.x0 < left.x1 < right.x0 < right.x1 <= box.x1
+        assert min(left.y0, right.y0) >= box.y1
 
 
 def test_runs_without_a_class_in_common_are_drawn_without_classes(tmp_path: Path) -> None:
