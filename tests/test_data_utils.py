@@ -593,3 +593,11 @@ def test_digits_load_where_nothing_can_be_written(tmp_path: Path, digits: Datase
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
 def test_the_class_names_are_torchvisions(name: str) -> None:
     assert data_utils.CLASS_NAMES[name].split(", ") == getattr(datasets, name).classes
+
+
+def test_batches_are_made_on_the_device_that_trains() -> None:
+    meta = torch.device("meta")  # which is on every machine, and computes nothing
+    pixels = torch.zeros(10, 28, 28, dtype=torch.uint8)
+    batches = Batches(pixels, torch.arange(10), 4, 0.5, 0.25, meta, training=True, mirror=True)
+    assert {part.device for batch in batches for part in batch} == {meta}
+    assert batches.images.device == batches.labels.device == meta

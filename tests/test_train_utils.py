@@ -600,3 +600,9 @@ def test_a_network_with_complex_weights_trains() -> None:
 def test_a_scripted_network_trains() -> None:
     fit = make_fit(lambda: torch.jit.script(NeuralNetwork()))  # type: ignore[arg-type]
     assert run_epoch(fit, 1, None)[1]["train/accuracy"] > 0.1
+
+
+def test_a_network_is_built_on_the_device_that_trains() -> None:
+    meta = torch.device("meta")  # which is on every machine, and computes nothing
+    for network in (NeuralNetwork, LazyInBothModes):
+        assert {parameter.device for parameter in build_network(network, meta).parameters()} == {meta}
