@@ -512,7 +512,7 @@ def test_making_batches_leaves_the_images_as_they_are(digits: Dataset) -> None:
 
 def test_mirroring_turns_half_of_the_images_left_to_right_anew_each_time() -> None:
     images = torch.arange(28 * 28).view(28, 28).repeat(2000, 1, 1).remainder(256).byte()
-    batches = Batches(images, torch.arange(2000), 1000, 0.0, 1 / 255, CPU, training=True, mirror=True)
+    batches = Batches(images, torch.arange(2000), 2000, 0.0, 1 / 255, CPU, training=True, mirror=True)
     mirrored = []
     for _ in range(2):
         pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
