@@ -430,7 +430,7 @@ def overview_of_evening(runs_dirs: Sequence[Path]) -> Overview:
     runs, notes = read_runs(*runs_dirs)
     notes = _first_few(notes)
     whole = [run for run in runs if len(run.folds) >= 2]
-    diverged = [run for run in runs if run not in whole]
+    diverged = [run for run in runs if len(run.folds) < 2]
     notes += [f"{path_from_here(run.path)} has too few folds that did not diverge." for run in diverged]
     if not whole:
         raise ConfigurationError("\n".join([f"There is no finished run in {where}.", *notes]))
@@ -585,12 +585,18 @@ def _told(row: Row) -> str:
 
 def _closing_lines(overview: Overview) -> list[str]:
     sentences = ["± is the standard error."]
-    with_p = max(sum(not math.isnan(row.p.get(figure, math.nan)) for row in overview.rows) for figure in FIGURES)
-    if with_p > 1:
-        sentences.append(f"p is corrected for {with_p} comparisons of each figure (Holm).")
+    corrected_for = max(_comparisons_with_p(overview, figure) for figure in FIGURES)
+    if corrected_for > 1:
+        sentences.append(f"p is corrected for {corrected_for} comparisons of each figure (Holm).")
     if any(row.run.resumed for row in overview.rows):
         sentences.append("> is the time since a run was resumed.")
     return _wrapped(" ".join(sentences)) + _wrapped(best_text(overview))
+
+
+def _comparisons_with_p(overview: Overview, figure: str) -> int:
+    """Return for how many comparisons `holm` corrects: it does not count NaN."""
+    p_values = [row.p[figure] for row in overview.rows if row.comparison is not None]
+    return sum(not math.isnan(p) for p in p_values)
 
 
 def best_text(overview: Overview) -> str:

@@ -253,20 +253,22 @@ def test_layers_that_changed_alike_are_counted_in_one_line(tmp_path: Path) -> No
     assert text.splitlines()[1] == "  layer          ReLU() → Tanh(), 2 times"
 
 
-def test_of_a_network_that_differs_in_very_many_layers_six_are_shown(tmp_path: Path) -> None:
-    layers = "".join(f"    ({number}): Linear({number}, 7)\n" for number in range(20))
+def compared_layers(tmp_path: Path, count: int) -> str:
+    """Return what is said of two runs whose networks differ in so many layers."""
+    layers = "".join(f"    ({number}): Linear({number}, 7)\n" for number in range(count))
     old, new = (f"Network(\n  (stack): Sequential(\n{each}  )\n)" for each in (layers, layers.replace("7", "8")))
     old_run = make_run(tmp_path / "old", network={"printed": old})
-    lines = compared(old_run, make_run(tmp_path / "new", BETTER, network={"printed": new})).splitlines()
+    return compared(old_run, make_run(tmp_path / "new", BETTER, network={"printed": new}))
+
+
+def test_of_a_network_that_differs_in_very_many_layers_six_are_shown(tmp_path: Path) -> None:
+    lines = compared_layers(tmp_path, 20).splitlines()
     assert lines[6] == "  layer          Linear(5, 7 → 8)" and lines[7] == "  layers         and 14 more changes"
     assert lines[8].startswith("  accuracy")
 
 
 def test_of_six_layers_that_differ_none_is_left_out(tmp_path: Path) -> None:
-    layers = "".join(f"    ({number}): Linear({number}, 7)\n" for number in range(6))
-    old, new = (f"Network(\n  (stack): Sequential(\n{each}  )\n)" for each in (layers, layers.replace("7", "8")))
-    old_run = make_run(tmp_path / "old", network={"printed": old})
-    text = compared(old_run, make_run(tmp_path / "new", BETTER, network={"printed": new}))
+    text = compared_layers(tmp_path, 6)
     assert text.count("  layer          Linear(") == 6 and "more changes" not in text
 
 
@@ -559,15 +561,13 @@ def test_the_picture_of_a_pair_shows_each_folds_difference_and_the_corrected_int
     for panel, gains_of_rows in ((accuracy, [gains]), (loss, [-gains]), (classes, [gains, 2 * gains])):
         assert len(drawn(panel)) == len(gains_of_rows)
         for (points, mean, low, high), gains_of_row in zip(drawn(panel), gains_of_rows, strict=True):
+            expected, reach = gains_of_row.mean(), reach_of(gains_of_row)
             np.testing.assert_allclose(points, gains_of_row)
-            np.testing.assert_allclose(
-                [low, mean, high],
-                gains_of_row.mean() + reach_of(gains) * np.array([-1, 0, 1]) * abs(gains_of_row.mean() / gains.mean()),
-            )
+            np.testing.assert_allclose([low, mean, high], [expected - reach, expected, expected + reach])
 
 
 def test_the_picture_of_a_pair_says_what_was_changed_and_what_it_did(before: Path, tmp_path: Path) -> None:
-    after = make_run(tmp_path / "after", BASE + (BETTER - BASE) * [1, 1, 1, 1, 1], mirror=True, epochs=3)
+    after = make_run(tmp_path / "after", BETTER, mirror=True, epochs=3)
     figure = compare(read_run(before), read_run(after)).figure()
     accuracy, loss, classes = figure.axes
     assert figure.get_suptitle() == "EPOCHS 10 → 3, MIRROR False → True\nafter\nagainst before"
@@ -616,7 +616,7 @@ def test_rows_are_read_from_the_top_and_every_second_has_a_band(evening: list[Pa
     for panel in overview_of(evening[0], evening[1:]).figure().axes:
         bottom, top = panel.get_ylim()
         assert (bottom, top) == (8.5, -0.5) and list(panel.get_yticks()) == list(range(9))
-        bands = [(patch.get_y(), patch.get_height()) for patch in panel.patches]  # type: ignore[attr-defined]
+        bands = [(patch.get_y(), patch.get_height()) for patch in panel.patches]  # type: ignore[attr-defined]  # all are rectangles
         assert bands == [(0.5, 1), (2.5, 1), (4.5, 1), (6.5, 1)]
 
 
@@ -631,19 +631,16 @@ def test_a_picture_of_many_runs_is_higher_and_their_rows_as_high(before: Path) -
 
 
 def test_a_picture_of_a_pair_has_as_much_room_for_each_class(tmp_path: Path) -> None:
-    heights, figure = [], None
+    figures = []
     for count in (0, 2, 4, 6):
         names = [f"class {number}" for number in range(count)]
-        runs = [
-            make_run(tmp_path / f"{count}-{name}", gains, classes=names) for name, gains in (("a", BASE), ("b", BETTER))
-        ]
-        figure = compare(*map(read_run, runs)).figure()
-        heights.append(figure.get_size_inches()[1])
-    steps = np.diff(heights)
+        before = make_run(tmp_path / f"before-{count}", classes=names)
+        after = make_run(tmp_path / f"after-{count}", BETTER, classes=names)
+        figures.append(compare(read_run(before), read_run(after)).figure())
+    steps = np.diff([figure.get_size_inches()[1] for figure in figures])
     assert steps[1] == pytest.approx(steps[2]) and 0.5 < steps[1] < 0.9 and 0.5 < steps[0] < 1.5
-    assert figure is not None
-    png_of(figure)  # which lays it out
-    accuracy, loss, classes = (panel.get_position() for panel in figure.axes)
+    png_of(figures[-1])  # which lays it out
+    accuracy, loss, classes = (panel.get_position() for panel in figures[-1].axes)
     assert accuracy.x0 < loss.x0 and accuracy.y0 == loss.y0 > classes.y1
     assert classes.x0 == accuracy.x0 and classes.x1 == loss.x1 > 0.9
     assert classes.height > 1.2 * accuracy.height
