@@ -24,7 +24,7 @@ from data_utils import Batches
 from experiment.console import display_name, say, warn
 from experiment.errors import ConfigurationError, user_errors
 from experiment.network import is_still
-from experiment.past_runs import default_runs_dirs, find_run, read_runs
+from experiment.past_runs import default_runs_dirs, find_run, folders_in_words, read_runs
 from experiment.run_directory import path_from_here
 from train_utils import EVALUATION_BATCH_SIZE, build_network, test_loop
 
@@ -232,7 +232,7 @@ def _run_dir(name: str | None, runs_dir: Path | None) -> Path:
         return find_run(name, *folders).path
     runs, _ = read_runs(*folders)
     if not runs:
-        where = " and ".join(path_from_here(folder) for folder in folders)
+        where = folders_in_words(folders)
         raise ConfigurationError(f"There is no finished run in {where}: run main_cnn.py first, or name --runs-dir.")
     return runs[0].path
 

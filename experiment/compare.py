@@ -45,6 +45,7 @@ from experiment.past_runs import (
     differences,
     find_run,
     finished_runs,
+    folders_in_words,
     nearest,
     read_runs,
     why_not_comparable,
@@ -426,7 +427,7 @@ def overview_of_evening(runs_dirs: Sequence[Path]) -> Overview:
     ConfigurationError
         If there are no two such runs; it says where was looked.
     """
-    where = " and ".join(path_from_here(runs_dir) for runs_dir in runs_dirs)
+    where = folders_in_words(runs_dirs)
     runs, notes = read_runs(*runs_dirs)
     notes = _first_few(notes)
     whole = [run for run in runs if len(run.folds) >= 2]
@@ -659,11 +660,12 @@ def draw_several(overview: Overview) -> "Figure":
     """Draw how runs compare with one and the same: accuracy and loss side by side, a row a run, the best at the top."""
     compared = [row for row in overview.rows if row.comparison is not None]
     rows = compared[:ROWS_DRAWN]
-    labels = [_label(row) for row in rows]
+    comparisons = overview.comparisons[:ROWS_DRAWN]
+    labels = [_label(comparison) for comparison in comparisons]
     figure = new_figure(10, 0.45 * len(rows) + 2.4)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name in zip(panels, FIGURES, strict=True):
-        effects = [comparison.effects[name] for comparison in overview.comparisons[:ROWS_DRAWN]]
+        effects = [comparison.effects[name] for comparison in comparisons]
         _draw_effects(panel, effects, labels, [row.p[name] for row in rows])
         panel.set_title(name, **PANEL_TITLE)
     runs = "1 run" if len(compared) == 1 else f"{len(compared)} runs"
@@ -673,10 +675,10 @@ def draw_several(overview: Overview) -> "Figure":
     return figure
 
 
-def _label(row: Row) -> str:
+def _label(comparison: Comparison) -> str:
     """Return what a row is called: when it was, and what differs."""
-    when, time = _when(row.run.started)
-    changes = changes_text([] if row.comparison is None else row.comparison.differences, 70)
+    when, time = _when(comparison.after.started)
+    changes = changes_text(comparison.differences, 70)
     return "\n".join(_wrapped(f"{when} {time} {changes}".replace("  ", " "), width=46))
 
 
@@ -772,7 +774,7 @@ def _nearest_to(run: PastRun, runs_dirs: Sequence[Path]) -> PastRun:
     runs, _ = read_runs(*runs_dirs)
     found = nearest(run, runs)
     if found is None:
-        where = " and ".join(path_from_here(runs_dir) for runs_dir in runs_dirs)
+        where = folders_in_words(runs_dirs)
         raise ConfigurationError(f"There is nothing in {where} to compare {path_from_here(run.path)} with.")
     return found
 

@@ -174,6 +174,11 @@ def default_runs_dirs() -> list[Path]:
     return list(dict.fromkeys(found)) or [PROJECT_DIR / "runs"]
 
 
+def folders_in_words(folders: Sequence[Path]) -> str:
+    """Return folders as a sentence names them: `runs`, or `runs and elsewhere`."""
+    return " and ".join(path_from_here(folder) for folder in folders)
+
+
 def _constant_in(script: Path, name: str) -> str:
     """Return the text that a script assigns to a constant."""
     try:
@@ -237,7 +242,7 @@ def find_run(name: str, *runs_dirs: Path) -> PastRun:
     if not found:
         found = [path for path in folders if part in path.name]
     if len(found) != 1:
-        where = " and ".join(path_from_here(runs_dir) for runs_dir in runs_dirs)
+        where = folders_in_words(runs_dirs)
         raise ConfigurationError(f"{name} must name one run, but in {where} it is part of:{_list_names(found)}")
     return read_run(found[0])
 

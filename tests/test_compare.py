@@ -469,6 +469,24 @@ def test_what_tells_a_row_from_the_others_comes_first(tmp_path: Path) -> None:
     assert "third: LEARNING_RATE 0.001 → 0.01, EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
 
 
+def test_changes_that_find_no_room_in_an_overview_are_counted(before: Path, tmp_path: Path) -> None:
+    layers = PRINTED.replace("ReLU()", "Tanh()").replace("Linear", "LazyLinear")
+    after = make_run(tmp_path / "N-20261126-183100", NOISE, **CHANGES[6], mirror=True, network={"printed": layers})
+    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    assert lines[5:7] == [
+        "  18:30 BATCH_SIZE 64 → 16, LEARNING_RATE 0.001 → 0.003, LR_SCHEDULE constant →",
+        "        one_cycle, MIRROR False → True and 5 more",
+    ]
+
+
+@pytest.mark.parametrize("digits", range(50, 62))
+def test_the_sign_of_a_layer_that_came_or_went_is_not_parted_from_it(digits: int, before: Path, tmp_path: Path) -> None:
+    fewer = PRINTED.replace("    (1): ReLU()\n", "")
+    after = make_run(tmp_path / "after", NOISE, network={"printed": fewer}, batch_size=10**digits)
+    text = compare(read_run(before), read_run(after)).figure().get_suptitle()
+    assert re.search("→ 1(0+),\\s− ReLU\\(\\)\\nafter\n", text)
+
+
 def test_every_line_of_an_overview_fits_into_80_columns(
     evening: list[PastRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -822,9 +840,12 @@ def test_each_reason_against_a_comparison_is_given(command: Run, before: Path) -
     make_run(before.parent / "one", rng_seed=1, images="76")
     make_run(before.parent / "two", images="77")
     errors, status = command("before", "one", "two")
-    reasons = [line for line in errors.splitlines() if line.startswith("  ")]
-    assert status == 2 and len(reasons) == 2
-    assert "other RNG_SEED" in reasons[0] and "other images in each fold: the data" in reasons[1]
+    one, two = (f"  runs/{name} cannot be compared with runs/before" for name in ("one", "two"))
+    assert status == 2 and errors.splitlines() == [
+        "Bad configuration:",
+        f"{one}: other RNG_SEED (1, not 314), so other images in each fold.",
+        f"{two}: other images in each fold: the data set on disk was another one.",
+    ]
     assert not list(before.parent.rglob("*.png"))
 
 
