@@ -172,9 +172,17 @@ def test_a_network_that_returns_probabilities_is_told_once_to_leave_the_softmax_
     )
 
 
-@pytest.mark.parametrize("network", [NeuralNetwork, ConvolutionalNeuralNetwork])
+class WithReLU(NeuralNetwork):
+    """Its answers are no probabilities, though none is below zero."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return super().forward(images).relu()
+
+
+@pytest.mark.parametrize("network", [NeuralNetwork, ConvolutionalNeuralNetwork, WithReLU])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_network_of_models_py_raises_no_doubt(
+def test_a_network_that_returns_logits_raises_no_doubt(
     network: type[nn.Module], precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try_network(network, Plan("cpu", precision, 1, 1, None))
@@ -355,6 +363,17 @@ def test_two_networks_are_the_same_if_they_answer_alike_to_a_part_in_a_thousand(
     assert same_network(network, near) and not same_network(network, far)
     assert not same_network(network, network | {"printed": "another"})
     assert not same_network(network, network | {"answers": network["answers"][:-1]})
+
+
+@pytest.mark.parametrize("value", [0, np.inf])
+def test_a_network_that_answers_with_zeros_or_infinity_is_the_same_as_itself(value: float) -> None:
+    class Extreme(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return logits + value if value else logits * 0
+
+    one, other = (try_network(Extreme, HERE).to_dict() for _ in range(2))
+    assert same_network(one, other) and not same_network(one, try_network(NeuralNetwork, HERE).to_dict())
 
 
 def test_a_class_still_builds_what_was_trained_under_another_name_and_not_once_it_was_edited() -> None:
@@ -640,6 +659,26 @@ class Expanded(nn.Module):
         return images.flatten(1) @ self.weight
 
 
+class Choosy(NeuralNetwork):
+    """Takes no state back."""
+
+    def get_extra_state(self) -> Any:
+        """Return something."""
+        return 1
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raise, in several lines, as PyTorch does."""
+        raise RuntimeError(f"Error(s) in loading:\n  one thing\n  {state} is not mine\n")
+
+
+class Speechless(Choosy):
+    """Gives no reason either."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raise an exception that says nothing."""
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("network", "says"),
     [
@@ -649,6 +688,8 @@ class Expanded(nn.Module):
         ),
         (PathInState, "PathInState keeps what no checkpoint can hold (in _extra_state): beside tensors only "),
         (Growing, "Growing cannot go on from its own state, as it must in each epoch: size mismatch for seen"),
+        (Choosy, "Choosy cannot go on from its own state, as it must in each epoch: 1 is not mine"),
+        (Speechless, "Speechless cannot go on from its own state, as it must in each epoch: NotImplementedError"),
         (Expanded, "Expanded has weights that the optimizer cannot change: unsupported operation"),
     ],
 )
