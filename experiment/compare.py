@@ -67,6 +67,7 @@ REASONS_SHOWN = 3  # of the runs that the overview passes over
 LEAST_F1 = 0.0005  # a class whose F1 changed by less is not named
 CLASSES_SHOWN = 3
 ROWS_DRAWN = 40  # runs in a picture
+FAR_OUT = 20  # times what is usual, and a picture has a logarithmic axis
 
 # How the pictures look, as keyword arguments of matplotlib's; a mean's inside says whether it is told from chance.
 FOLD_COLOUR: Look = {"color": BLUE, "alpha": 0.6}
@@ -126,6 +127,11 @@ class Effect:
         from scipy.special import stdtrit
 
         return self.error * float(stdtrit(len(self.after) - 1, 0.975))
+
+    @property
+    def farthest(self) -> float:
+        """How far from 0 a fold's difference or an end of the interval lies."""
+        return max(abs(self.mean) + self.reach, *map(abs, self.in_folds))
 
 
 @dataclass(frozen=True)
@@ -698,20 +704,38 @@ def _draw_effects(panel: "Axes", effects: Sequence[Effect], labels: Sequence[str
     panel.errorbar(means, places - 0.15, xerr=reaches, **INTERVALS)
     fills = [TOLD if p < SIGNIFICANT else NOT_TOLD for p in p_values]
     panel.scatter(means, places - 0.15, facecolors=fills, **MEANS)
-    _lay_out_rows(panel, labels, farthest=max(np.abs(points).max(), np.max(np.abs(means) + reaches)))
+    _lay_out_rows(panel, labels)
+    _scale_differences(panel, [effect.farthest for effect in effects])
     _name_the_sides(panel, less_is_better=effects[0].figure == "loss")
 
 
-def _lay_out_rows(panel: "Axes", labels: Sequence[str], farthest: float) -> None:
+def _lay_out_rows(panel: "Axes", labels: Sequence[str]) -> None:
     panel.set_yticks(range(len(labels)), [_printable(label) for label in labels], **LABELS)
     panel.set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
-    reach = 1.08 * farthest if farthest > 0 else 0.001
-    panel.set_xlim(-reach, reach)
-    panel.tick_params(**TICKS_BELOW)
     panel.tick_params(**TICKS_OF_ROWS)
-    panel.locator_params(**MOST_TICKS_BELOW)
+
+
+def _scale_differences(panel: "Axes", farthest: Sequence[float]) -> None:
+    """Give a panel its axis, which ends beyond what lies farthest in each row.
+
+    One run that diverged must not press all others onto 0: beyond what is usual the axis is then logarithmic.
+    """
+    changed = sorted(distance for distance in farthest if distance > 0) or [0.001]
+    most = changed[-1]
+    usual = float(f"{2 * changed[(len(changed) - 1) // 2]:.0e}")  # as the axis names it
+    if most > FAR_OUT * usual:
+        panel.set_xscale("symlog", linthresh=usual, linscale=2)
+        panel.minorticks_off()
+        places = [float(f"{place:.0e}") for place in (-most, -usual, 0, usual, most)]
+        panel.set_xticks(places, [f"{place:g}".replace("-", "−") for place in places])
+        panel.set_xlabel(f"difference (logarithmic beyond ±{usual:g})", **AXIS_LABEL)
+        panel.set_xlim(-1.5 * most, 1.5 * most)
+    else:
+        panel.locator_params(**MOST_TICKS_BELOW)
+        panel.set_xlabel("difference", **AXIS_LABEL)
+        panel.set_xlim(-1.08 * most, 1.08 * most)
+    panel.tick_params(**TICKS_BELOW)
     panel.grid(axis="x", **GRID)
-    panel.set_xlabel("difference", **AXIS_LABEL)
 
 
 def _name_the_sides(panel: "Axes", less_is_better: bool) -> None:

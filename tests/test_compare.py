@@ -630,6 +630,21 @@ def test_no_difference_is_in_the_middle_of_a_panel_and_everything_within_it(befo
         assert panel.get_xlabel() == "difference"
 
 
+def test_a_run_that_diverged_does_not_press_the_others_onto_zero(before: Path, tmp_path: Path) -> None:
+    noisy = [make_run(tmp_path / f"{number}", NOISE[[*range(number, 5), *range(number)]]) for number in range(3)]
+    diverged = make_run(tmp_path / "diverged", NOISE - 0.8)
+    figure = overview_of(read_run(before), [read_run(path) for path in [*noisy, diverged]]).figure()
+    png_of(figure)  # which lays it out
+    for panel in figure.axes:
+        width = panel.get_window_extent().width
+        points = np.asarray(panel.collections[0].get_offsets())
+        shares = panel.transData.transform(points)[:, 0] - panel.transData.transform((0, 0))[0]
+        assert np.abs(shares[:15]).max() > 0.05 * width and 0.4 * width < np.abs(shares[15:]).min()
+        assert np.abs(shares).max() < 0.5 * width
+        assert panel.get_xlabel() == "difference (logarithmic beyond ±0.02)"
+        assert [label.get_text() for label in panel.get_xticklabels()] == ["−0.8", "−0.02", "0", "0.02", "0.8"]
+
+
 def test_rows_are_read_from_the_top_and_every_second_has_a_band(evening: list[PastRun]) -> None:
     for panel in overview_of(evening[0], evening[1:]).figure().axes:
         bottom, top = panel.get_ylim()
