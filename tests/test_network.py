@@ -285,7 +285,7 @@ def test_a_counter_in_an_attribute_of_the_class_is_told_of(capsys: pytest.Captur
             self.seen = self.seen_by_all
 
     try_network(OfTheClass, HERE)
-    assert capsys.readouterr().err.startswith("OfTheClass keeps seen, seen_by_all outside its weights and buffers")
+    assert capsys.readouterr().err.startswith("OfTheClass keeps OfTheClass.seen_by_all, seen outside its weights")
 
 
 class BatchSize(Remembering):
