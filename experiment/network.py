@@ -226,13 +226,15 @@ def check_trial(network: Network, trial: Future[Any]) -> None:
             f"{network.name} works here, but not in the process that would train it: {type(found.error).__name__}: "
             f"{_first_line(found.error)}. {advice}"
         )
-    there = {key: found[key] for key in network.to_dict()}
-    if not network.answers_again:  # nor will it there, as the user has been told
-        there["answers"] = network.answers
-    if found["problem"] or not same_network(network.to_dict(), there):
-        raise ConfigurationError(
-            f"{network.name} is another network in the process that would train it: it answers otherwise. {advice}"
-        )
+    if found["problem"] is None:
+        there = {key: found[key] for key in network.to_dict()}
+        if not network.answers_again:  # nor will it there, as the user has been told
+            there["answers"] = network.answers
+        if same_network(network.to_dict(), there):
+            return
+    raise ConfigurationError(
+        f"{network.name} is another network in the process that would train it: it answers otherwise. {advice}"
+    )
 
 
 def submit(pool: Executor, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -255,13 +257,12 @@ def submit(pool: Executor, function: Callable[..., Any], *arguments: Any) -> Fut
 
 
 def _examine(model_class: Callable[[], nn.Module], device_name: str, precision_name: str) -> dict[str, Any]:
-    """Try a network; return what it is, "problem" (what keeps it from being trained, or None) and "doubts"."""
+    """Try a network; return what it is, "problem" (what keeps it from being trained, or None), and else "doubts"."""
     device, precision = torch.device(device_name), getattr(torch, precision_name)
     with threads_and_seed(torch.get_num_threads(), TRIAL_SEED, device):
         network = build_network(model_class, device)
         weights = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        found: dict[str, Any] = {"name": type(network).__name__, "weights": weights, "answers": [], "doubts": []}
-        found["printed"] = _printed(network)
+        found: dict[str, Any] = {"name": type(network).__name__, "weights": weights, "printed": _printed(network)}
         found["problem"] = _train_once(network, device, precision)
         if found["problem"] is None:
             found["problem"] = _same_twice(model_class)
@@ -295,7 +296,7 @@ def _train_once(network: nn.Module, device: torch.device, precision: torch.dtype
                 "returns logits from which no gradient leads back to its weights: torch.no_grad(), .detach(), .item() "
                 "or numpy cuts it off"
             )
-    alone = _answer_to_one_image(network, device, precision)
+    alone = _answer_to_one_image(network, device)
     if alone is not None and alone.shape != (1, 10):
         return f"must return logits (N, 10), of one image, too; got {tuple(alone.shape)}: is there a squeeze()?"
     nn.CrossEntropyLoss()(logits.float(), labels).backward()
@@ -307,13 +308,10 @@ def _train_once(network: nn.Module, device: torch.device, precision: torch.dtype
     return None
 
 
-def _answer_to_one_image(network: nn.Module, device: torch.device, precision: torch.dtype) -> Tensor | None:
+def _answer_to_one_image(network: nn.Module, device: torch.device) -> Tensor | None:
     """Return the logits of one image, such as the last batch may have; None where they cannot be had."""
-    with (
-        contextlib.suppress(ValueError),  # batch norm without running statistics knows none of a single image
-        torch.no_grad(),
-        torch.autocast(device.type, precision, enabled=precision != torch.float32),
-    ):
+    # Batch norm without running statistics raises a ValueError of a single image.
+    with torch.no_grad(), contextlib.suppress(ValueError):
         return network.eval()(_random_images(1).to(device))
     return None
 
@@ -416,12 +414,10 @@ def _as_bytes(value: Any) -> bytes:
 
 
 class _PicklerOfValues(pickle.Pickler):
-    """Pickles of a tensor its numbers alone, without where they lie; of a generator, where it is in its sequence."""
+    """Pickles of a tensor its numbers alone, without where they lie."""
 
     def reducer_override(self, value: Any) -> Any:
         """Return how a value is pickled."""
-        if isinstance(value, torch.Generator):
-            value = value.get_state()
         if isinstance(value, Tensor):
             return bytes, (value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),)
         return NotImplemented

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -401,6 +402,8 @@ def test_a_class_still_builds_what_was_trained_under_another_name_and_not_once_i
 EDITS = {
     "a helper function": ("return SCALE * images", "return -SCALE * images"),
     "a constant beside the class": ("SCALE = 1.0", "SCALE = 1.1"),
+    "what is done in training alone": ("(helper(images))", "(helper(images) * (2 if self.training else 1))"),
+    "what is done in evaluation alone": ("(helper(images))", "(helper(images) * (1 if self.training else 2))"),
     "an initialisation": ("super().__init__()\n", "super().__init__()\n        torch.manual_seed(3)\n"),
 }
 
@@ -450,6 +453,59 @@ print(json.dumps(try_network(models.ConvolutionalNeuralNetwork, Plan("cpu", "flo
         [sys.executable, "-c", code], cwd=repository, env=os.environ | environment, text=True
     )
     assert same_network(json.loads(printed), try_network(ConvolutionalNeuralNetwork, HERE).to_dict())
+
+
+def test_what_a_network_is_called_and_how_many_weights_are_trained_is_found() -> None:
+    class Frozen(NeuralNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.Parameter(torch.zeros(7), requires_grad=False)
+
+    network = try_network(Frozen, HERE)
+    weights = 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
+    assert (network.name, network.weights) == ("Frozen", weights) and network.printed.startswith("Frozen(\n  (flatten)")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_is_tried_in_the_precision_in_which_it_will_be_trained(precision: str) -> None:
+    seen = []
+
+    class Watching(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    try_network(Watching, Plan("cpu", precision, 1, 1, None))
+    assert seen[:2] == [getattr(torch, precision)] * 2  # evaluating, then training
+
+
+class Misshapen(NeuralNetwork):
+    """Its layer does not fit: PyTorch raises."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return super().forward(images[:, :, 1:])
+
+
+class Raising(NeuralNetwork):
+    """Cannot even be built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise OSError("as planned")
+
+
+@pytest.mark.parametrize(
+    ("network", "file", "method"), [(Misshapen, "models.py", "forward"), (Raising, __file__, "__init__")]
+)
+def test_the_traceback_of_what_a_network_raises_ends_at_its_own_line(
+    network: type[nn.Module], file: str, method: str
+) -> None:
+    with pytest.raises((RuntimeError, OSError)) as error:
+        try_network(network, HERE)
+    last = traceback.extract_tb(error.value.__traceback__)[-1]
+    assert last.filename.endswith(file) and last.name == method
 
 
 def test_a_configuration_error_of_the_trial_names_the_class_of_the_network() -> None:
@@ -507,7 +563,11 @@ class SharedWeights(nn.Module):
         (3, "the network must be built without arguments: 3 is not a callable object"),
         (Unlearnable, "Unlearnable returns logits from which no gradient leads back to its weights"),
         (Squeezing, "Squeezing must return logits (N, 10), of one image, too; got (10,): is there a squeeze()?"),
-        (lambda: BUILT, "NeuralNetwork is the same network, or has the same weights, when it is built a second time"),
+        (
+            lambda: BUILT,
+            "NeuralNetwork is the same network, or has the same weights, when it is built a second time, so that each "
+            "fit would go on from the last one's: build all of it in the function that returns it",
+        ),
         (lambda: nn.Sequential(nn.Flatten(), SHARED_LAYER), "Sequential is the same network, or has the same weights"),
         (SharedWeights, "SharedWeights is the same network, or has the same weights"),
     ],
@@ -635,6 +695,14 @@ class PathInState(ArrayInState):
         return Path("here")
 
 
+class PathsInState(PathInState):
+    """Has another such network in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = PathInState()
+
+
 class Growing(NeuralNetwork):
     """Has a buffer that grows."""
 
@@ -689,7 +757,11 @@ class Speechless(Choosy):
             ArrayInState,
             "ArrayInState keeps what no checkpoint can hold (in _extra_state): beside tensors only numbers, ",
         ),
-        (PathInState, "PathInState keeps what no checkpoint can hold (in _extra_state): beside tensors only "),
+        (
+            PathsInState,
+            "PathsInState keeps what no checkpoint can hold (in _extra_state, other._extra_state): beside tensors only "
+            "numbers, texts, lists and dicts of these can be read back",
+        ),
         (Growing, "Growing cannot go on from its own state, as it must in each epoch: size mismatch for seen"),
         (Choosy, "Choosy cannot go on from its own state, as it must in each epoch: 1 is not mine"),
         (Speechless, "Speechless cannot go on from its own state, as it must in each epoch: NotImplementedError"),
