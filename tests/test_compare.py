@@ -416,7 +416,7 @@ def test_two_folds_are_enough_for_a_run_to_be_compared(tmp_path: Path) -> None:
     make_run(tmp_path / "old", [*BASE[:2], np.nan, np.nan, np.nan])
     make_run(tmp_path / "new", minutes=1)
     text = overview_of_evening([tmp_path]).text
-    assert len(rows_of(text)) == 2 and "too few folds" not in text
+    assert len(rows_of(text)) == 2 and "too few folds" not in " ".join(text.split())
 
 
 def test_runs_on_other_images_are_counted_by_data_set(before: Path) -> None:

@@ -530,6 +530,24 @@ class Unlearnable(NeuralNetwork):
         return super().forward(images)
 
 
+class WithLoss(NeuralNetwork):
+    """Returns two things in training."""
+
+    def forward(self, images: Tensor) -> Any:
+        """Return logits, or logits and a penalty."""
+        logits = super().forward(images)
+        return (logits, logits.square().mean()) if self.training else logits
+
+
+class Guessing(NeuralNetwork):
+    """Returns a class in evaluation, not logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, or classes."""
+        logits = super().forward(images)
+        return logits if self.training else logits.argmax(1)
+
+
 class Squeezing(NeuralNetwork):
     """Returns (10,) for a single image."""
 
@@ -561,7 +579,13 @@ class SharedWeights(nn.Module):
         (Wide, "the network must be built without arguments: missing a required argument: 'width'"),
         (BUILT, "the network must be a class, or a function that builds it, got a NeuralNetwork that is built already"),
         (3, "the network must be built without arguments: 3 is not a callable object"),
-        (Unlearnable, "Unlearnable returns logits from which no gradient leads back to its weights"),
+        (
+            Unlearnable,
+            "Unlearnable returns logits from which no gradient leads back to its weights: torch.no_grad(), .detach(), "
+            ".item() or numpy cuts it off",
+        ),
+        (WithLoss, "WithLoss must return logits (N, 10), got tuple"),
+        (Guessing, "Guessing must return logits (N, 10), got (2,)"),
         (Squeezing, "Squeezing must return logits (N, 10), of one image, too; got (10,): is there a squeeze()?"),
         (
             lambda: BUILT,
@@ -571,7 +595,18 @@ class SharedWeights(nn.Module):
         (lambda: nn.Sequential(nn.Flatten(), SHARED_LAYER), "Sequential is the same network, or has the same weights"),
         (SharedWeights, "SharedWeights is the same network, or has the same weights"),
     ],
-    ids=["arguments", "built already", "no callable", "no gradient", "squeeze", "same network", "layer", "weights"],
+    ids=[
+        "arguments",
+        "built already",
+        "no callable",
+        "no gradient",
+        "two things",
+        "classes",
+        "squeeze",
+        "same network",
+        "layer",
+        "weights",
+    ],
 )
 def test_what_could_not_be_trained_fit_by_fit_is_one_line(network: Any, says: str) -> None:
     with pytest.raises(ConfigurationError) as error:
@@ -594,6 +629,23 @@ def test_layers_that_are_shared_and_frozen_do_no_harm() -> None:
 def test_a_compiled_network_raises_no_doubt_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     try_network(lambda: torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(784, 10))), HERE)  # type: ignore[arg-type, return-value]
     assert "docs/trouble.md" not in capfd.readouterr().err
+
+
+def test_what_cannot_be_sent_is_named_with_advice() -> None:
+    lock = threading.Lock()
+
+    class Locking(NeuralNetwork):
+        def forward(self, images: Tensor) -> Tensor:
+            with lock:
+                return super().forward(images)
+
+    with pytest.raises(ConfigurationError) as refused:
+        try_network(Locking, SENT)
+    assert str(refused.value) == (
+        "the network cannot be sent to other processes: cannot pickle '_thread.lock' object. What it needs must be "
+        "made in the network itself; or set WORKERS = 1"
+    )
+    assert try_network(Locking, HERE).name == "Locking"
 
 
 def test_an_executor_that_cannot_take_its_first_call_is_told_of_with_the_whole_reason() -> None:
