@@ -643,6 +643,15 @@ def test_a_run_that_diverged_does_not_press_the_others_onto_zero(before: Path, t
         assert np.abs(shares).max() < 0.5 * width
         assert panel.get_xlabel() == "difference (logarithmic beyond ±0.02)"
         assert [label.get_text() for label in panel.get_xticklabels()] == ["−0.8", "−0.02", "0", "0.02", "0.8"]
+        left, right = panel.get_xlim()
+        assert -left == right < 1.5
+
+
+def test_a_run_that_hardly_differs_does_not_bend_the_axis_of_the_others(before: Path, tmp_path: Path) -> None:
+    accuracies = [BASE + (NOISE - BASE) / 1000, NOISE, BETTER]
+    others = [read_run(make_run(tmp_path / str(number), each)) for number, each in enumerate(accuracies)]
+    for panel in overview_of(read_run(before), others).figure().axes:
+        assert (panel.get_xscale(), panel.get_xlabel()) == ("linear", "difference")
 
 
 def test_rows_are_read_from_the_top_and_every_second_has_a_band(evening: list[PastRun]) -> None:
