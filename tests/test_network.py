@@ -357,7 +357,10 @@ def test_a_counter_outside_the_network_that_changes_its_answers_is_told_of(capsy
             return super().forward(images) * len(calls)
 
     try_network(Drifting, HERE)
-    assert "Drifting answers otherwise when it is built a second time" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "Drifting answers otherwise when it is built a second time: what it keeps outside its weights and buffers "
+        "begins anew in each epoch, or its random numbers are none that torch, numpy and random seed (docs/trouble.md)."
+    )
 
 
 def test_two_networks_are_the_same_if_they_answer_alike_to_a_part_in_a_thousand() -> None:
@@ -576,7 +579,11 @@ class SharedWeights(nn.Module):
 @pytest.mark.parametrize(
     ("network", "says"),
     [
-        (Wide, "the network must be built without arguments: missing a required argument: 'width'"),
+        (
+            Wide,
+            "the network must be built without arguments: missing a required argument: 'width'. "
+            "functools.partial(Net, width=32) gives a class its arguments",
+        ),
         (BUILT, "the network must be a class, or a function that builds it, got a NeuralNetwork that is built already"),
         (3, "the network must be built without arguments: 3 is not a callable object"),
         (
