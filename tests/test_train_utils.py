@@ -491,6 +491,19 @@ def test_an_exception_that_cannot_be_pickled_comes_back_in_words() -> None:
     assert "\n" not in str(error)
 
 
+def test_of_an_exception_that_cannot_be_pickled_the_notes_come_back_too() -> None:
+    class Own(Exception):
+        pass
+
+    def fail() -> None:
+        error = Own("as planned")
+        error.add_note("with a note")
+        raise error
+
+    error = pickle.loads(pickle.dumps(attempt(fail))).error
+    assert str(error).endswith(".Own: as planned\nwith a note")
+
+
 def test_a_network_that_ends_the_process_is_a_failure_that_says_so() -> None:
     failure = attempt(sys.exit, 3)
     assert isinstance(failure, Failure) and str(failure.error) == "the network called sys.exit(3)"
@@ -546,6 +559,33 @@ def test_a_relu_in_front_of_a_pooling_has_a_quarter_of_the_work() -> None:
     assert counts == [plain, plain // 4]
 
 
+class Layouts(TorchDispatchMode):
+    """Keeps in which layout the gradients of images come to a ReLU or a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.are_channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        """Call a function of torch."""
+        backward = (torch.ops.aten.threshold_backward, torch.ops.aten.max_pool2d_with_indices_backward)
+        if function.overloadpacket in backward and arguments[0].dim() == 4:
+            self.are_channels_last.append(arguments[0].is_contiguous(memory_format=torch.channels_last))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("pooling", [[], [nn.MaxPool2d(2)]], ids=["ReLU last", "pooling last"])
+def test_gradients_have_the_layout_of_the_images_in_front_of_flatten_too(pooling: list[nn.Module]) -> None:
+    def network() -> nn.Module:
+        stack = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 8, 5), nn.ReLU(), *pooling)
+        return nn.Sequential(stack, nn.Flatten(), nn.LazyLinear(10))
+
+    logits = build_network(network, CPU)(torch.randn(2, 1, 28, 28))
+    with Layouts() as layouts:
+        logits.sum().backward()
+    assert layouts.are_channels_last == [True] * (2 + len(pooling))
+
+
 class LazyInBothModes(nn.Module):
     """Has lazy layers, one of which is used in training alone, and statistics that training changes."""
 
@@ -574,6 +614,25 @@ def test_lazy_layers_have_the_sizes_of_images_before_the_optimizer_asks_for_thei
         "helper.weight": (10, 784),
         "helper.bias": (10,),
     }
+
+
+class LazyInEvaluation(nn.Module):
+    """Has a lazy layer that is used in evaluation alone, behind one that takes images with their channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.training_head, self.head = nn.LazyConv2d(4, 3), nn.LazyLinear(10), nn.LazyLinear(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        features = self.convolution(images).flatten(1)
+        return self.training_head(features) if self.training else self.head(features)
+
+
+def test_lazy_layers_of_images_and_of_evaluation_have_their_sizes_too() -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in build_network(LazyInEvaluation, CPU).named_parameters()}
+    assert shapes["convolution.weight"] == (4, 1, 3, 3)
+    assert shapes["training_head.weight"] == shapes["head.weight"] == (10, 4 * 26 * 26)
 
 
 def test_a_network_without_lazy_layers_is_asked_about_nothing_while_it_is_built() -> None:
