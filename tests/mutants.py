@@ -9,13 +9,17 @@ is a copy of the repository in `.mutants/`, so what is being edited meanwhile ta
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COPIES = REPOSITORY / ".mutants"
@@ -40,6 +44,7 @@ SURVIVED, NO_TESTS = 0, 33  # what mutmut notes of a fault, where it is not that
 NOT_TRIED = 255  # mutmut calls it a time-out; seen where a test's name has characters by which pytest cannot find it
 
 MEMORY = 12 * 2**30  # bytes of address space a process may have: a fault may let a loop collect without end
+LONGEST = 300  # seconds that a room's tests take at most, also on a busy machine
 
 # A room → its file and its tests.
 ROOMS = {
@@ -145,7 +150,23 @@ def run_mutmut(folder: Path, faults: list[str]) -> None:
     """Try these faults, or all, one at a time: the machine is shared."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    subprocess.run([MUTMUT, "run", "--max-children", "1", *faults], cwd=folder, env=environment, check=True)
+    command = [str(MUTMUT), "run", "--max-children", "1", *faults]
+    first_seen: dict[psutil.Process, float] = {}
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        while process.poll() is None:
+            end_what_hangs(psutil.Process(process.pid), folder / "mutants", first_seen)
+            time.sleep(1)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def end_what_hangs(mutmut: psutil.Process, folder: Path, first_seen: dict[psutil.Process, float]) -> None:
+    """End the tests of a fault that wait for ever, and so notice it; mutmut's own limit does not end all of them."""
+    with contextlib.suppress(psutil.Error):  # something has just ended
+        for process in mutmut.children(recursive=True):
+            seconds = time.monotonic() - first_seen.setdefault(process, time.monotonic())
+            if seconds > LONGEST and process.cwd() == str(folder):
+                process.kill()
 
 
 def score_of(room: str, codes: dict[str, int | None]) -> str:
