@@ -638,9 +638,9 @@ def test_a_run_that_diverged_does_not_press_the_others_onto_zero(before: Path, t
     for panel in figure.axes:
         width = panel.get_window_extent().width
         points = np.asarray(panel.collections[0].get_offsets())
-        shares = panel.transData.transform(points)[:, 0] - panel.transData.transform((0, 0))[0]
-        assert np.abs(shares[:15]).max() > 0.05 * width and 0.4 * width < np.abs(shares[15:]).min()
-        assert np.abs(shares).max() < 0.5 * width
+        pixels = panel.transData.transform(points)[:, 0] - panel.transData.transform((0, 0))[0]
+        assert np.abs(pixels[:15]).max() > 0.05 * width and 0.4 * width < np.abs(pixels[15:]).min()
+        assert np.abs(pixels).max() < 0.5 * width
         assert panel.get_xlabel() == "difference (logarithmic beyond ±0.02)"
         assert [label.get_text() for label in panel.get_xticklabels()] == ["−0.8", "−0.02", "0", "0.02", "0.8"]
         left, right = panel.get_xlim()
