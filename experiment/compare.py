@@ -490,7 +490,8 @@ def _row_lines(row: Row, shared: Counter[str], is_best: bool) -> list[str]:
     mark = "*" if is_best else " "
     first = f"{mark} {when:<6}"
     for figure in FIGURES:
-        first += f"{_mean_of(row.run, figure):>8.4f}{_difference_columns(row, figure)}"
+        mean = _mean_of(row.run, figure)
+        first += f"{mean:>8.{_decimals(mean)}f}{_difference_columns(row, figure)}"
     took = format_seconds(row.run.seconds)
     first += f"{'>' + took if row.run.resumed else took:>8}"
     below = _wrapped(_what_differs(row, shared), indent=8)
@@ -524,7 +525,13 @@ def _difference_columns(row: Row, figure: str) -> str:
         shown = "<0.001"
     else:
         shown = f"{p:.2g}"
-    return f"{_signed(effect.mean) + ' ± ' + format(effect.error, '.4f'):>17} {shown:>6}"
+    difference = f"{_signed(effect.mean, _decimals(effect.mean))} ± {effect.error:.{_decimals(effect.error)}f}"
+    return f"{difference:>17} {shown:>6}"
+
+
+def _decimals(value: float) -> int:
+    """Return how many decimals keep a large number, such as the loss of a run that diverged, as narrow as others."""
+    return max(0, 5 - len(f"{abs(value):.0f}"))
 
 
 def _what_differs(row: Row, shared: Counter[str]) -> str:

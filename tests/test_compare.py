@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -645,6 +646,13 @@ def test_a_run_that_diverged_does_not_press_the_others_onto_zero(before: Path, t
         assert [label.get_text() for label in panel.get_xticklabels()] == ["−0.8", "−0.02", "0", "0.02", "0.8"]
         left, right = panel.get_xlim()
         assert -left == right < 1.5
+
+
+def test_a_loss_that_grew_without_bounds_leaves_the_columns_of_an_overview_apart(before: Path, tmp_path: Path) -> None:
+    diverged = read_run(make_run(tmp_path / "N-20261126-183100", NOISE - 0.8))
+    folds = {name: replace(fold, loss=1000.0 * number) for number, (name, fold) in enumerate(diverged.folds.items())}
+    text = overview_of(read_run(before), [replace(diverged, folds=folds)]).text
+    assert " 2000.0 +1999.9 ± 1060.7   0.13    42 s\n" in text
 
 
 def test_a_run_that_hardly_differs_does_not_bend_the_axis_of_the_others(before: Path, tmp_path: Path) -> None:
