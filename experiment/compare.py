@@ -203,8 +203,9 @@ def compare(before: PastRun, after: PastRun) -> Comparison:
         new = [getattr(other, figure) for _, other in pairs]
         effects[figure] = Effect(figure, old, new, *paired_difference(old, new, folds))
     f1 = {}
-    for name in pairs[0][0].f1:
-        if all(name in fold.f1 for pair in pairs for fold in pair):
+    folds_of_both = [fold for pair in pairs for fold in pair]
+    for name in folds_of_both[0].f1:
+        if all(name in fold.f1 for fold in folds_of_both):
             old = [one.f1[name] for one, _ in pairs]
             new = [other.f1[name] for _, other in pairs]
             f1[name] = Effect(name, old, new, *paired_difference(old, new, folds))

@@ -164,12 +164,21 @@ class WithSoftmax(NeuralNetwork):
         return super().forward(images).softmax(1)
 
 
+class WithRoughSoftmax(NeuralNetwork):
+    """Makes it in a lower precision."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return probabilities."""
+        return super().forward(images).bfloat16().softmax(1)
+
+
+@pytest.mark.parametrize("network", [WithSoftmax, WithRoughSoftmax])
 def test_a_network_that_returns_probabilities_is_told_once_to_leave_the_softmax_out(
-    capsys: pytest.CaptureFixture[str],
+    network: type[nn.Module], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try_network(WithSoftmax, HERE)
+    try_network(network, HERE)
     assert capsys.readouterr().err == (
-        "WithSoftmax returns probabilities (rows that sum to 1), not logits: leave the softmax out.\n"
+        f"{network.__name__} returns probabilities (rows that sum to 1), not logits: leave the softmax out.\n"
     )
 
 
