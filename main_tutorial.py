@@ -1,6 +1,6 @@
 """Train, cross-validate and test a simple neural network on MNIST: ``python main_tutorial.py``.
 
-Everything that is worth changing stands in the constants below; the network itself is in models.py.
+Change the constants below; the network itself is in models.py.
 """
 
 from concurrent.futures import Executor
@@ -16,29 +16,29 @@ DATASET = "MNIST"  # or "FashionMNIST", "KMNIST", "Digits" (small, comes with sc
 FOLDS = 5  # parts of the cross-validation: 2 or more
 EPOCHS = 10  # times that each fit sees its training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
-LEARNING_RATE = 0.001  # step size of Adam, at its peak where the schedule changes it: above 0
-LR_SCHEDULE = "constant"  # or "cosine": the learning rate falls along a cosine; or "one_cycle": up, then down
-MIRROR = False  # a mirrored digit is none; or True: train and evaluate on mirrored images too, as main_cnn.py does
-RNG_SEED = 314  # fixes everything random: 0 … 4294967295
+LEARNING_RATE = 0.001  # step size of Adam, the peak if the schedule changes it: above 0
+LR_SCHEDULE = "constant"  # or "cosine": the learning rate falls along a cosine; or "one_cycle": rises, then falls
+MIRROR = False  # a mirrored digit is not a digit; or True: mirror half of the images in training, and average in evaluation
+RNG_SEED = 314  # seed of everything random: 0 … 4294967295
 
 # How it is computed
-DEVICE = "cpu"  # or "cuda", "cuda:1", "mps" (Apple), "auto": the fastest that is here
-PRECISION = "auto"  # bfloat16 where the processor is faster in it; or "float32", "bfloat16"
-WORKERS = "auto"  # fits trained side by side: one a core, or a number; does not change the results
-RESUME = True  # go on with an unfinished run of the same settings; or False: start anew
+DEVICE = "cpu"  # or "cuda", "cuda:1", "mps" (Apple), "auto": the fastest one available
+PRECISION = "auto"  # bfloat16 if the processor is faster in it; or "float32", "bfloat16"
+WORKERS = "auto"  # fits trained at the same time: one per core, or a number; does not change the results
+RESUME = True  # resume an unfinished run with the same settings; or False: start a new one
 
 # Where it is logged
 WANDB_MODE = "auto"  # online if there is a key, else offline; or "online", "offline", "disabled"
 WANDB_PROJECT_NAME = "cnn-fun"  # the project on wandb.ai that the runs belong to
 WANDB_API_KEY_PATH = "wandb_api_key.txt"  # the file with your key; paths are relative to this script's folder
 
-# Where it lies on disk
+# Where it is stored
 DATA_DIR = "data"  # the data sets
-RUNS_DIR = "runs"  # the results, a folder a run
+RUNS_DIR = "runs"  # the results, one folder per run
 
 
 def main(executor: Executor | None = None) -> ExperimentResult:
-    """Build the configuration, run all fits, report; return what came out."""
+    """Build the configuration, run all fits, and return the result."""
     with user_errors():
         config = TrainingConfig.from_constants(globals())
         return run_experiment(NeuralNetwork, config, executor)

@@ -1,4 +1,4 @@
-"""The two networks. They know nothing of how they are trained: edit them freely."""
+"""The two networks. They do not depend on how they are trained: edit them freely."""
 
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ class NeuralNetwork(nn.Module):
 class ConvolutionalNeuralNetwork(nn.Module):
     """Three convolutions and three fully connected layers, with batch norm and dropout.
 
-    Takes float images (N, 1, 28, 28); returns logits (N, 10). Layers that batch norm follows have no bias of their
-    own, since batch norm would subtract it again.
+    Takes float images (N, 1, 28, 28); returns logits (N, 10). Layers before batch norm have no bias, since batch norm
+    subtracts it.
     """
 
     def __init__(self) -> None:

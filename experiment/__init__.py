@@ -1,1 +1,1 @@
-"""What happens around the epochs, in the process that you started; each file here is a room with one job."""
+"""One run, from its settings to its report; all of it in the process that the user started."""

@@ -1,7 +1,7 @@
-"""What may end a run, what the user is told then, and the exit status; signals.
+"""Exceptions, exit status and signals.
 
-Training, the data and the results on disk may end a run; nothing else may. What goes wrong beside them (Weights &
-Biases, the bar, a figure, the terminal) costs a line of warning.
+Training, data and the results on disk may end a run; nothing else may. A failure elsewhere (Weights & Biases, the
+progress bar, a plot, the terminal) costs one line of warning.
 """
 
 import io
@@ -14,30 +14,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from data_utils import DatasetError
-
 
 class ConfigurationError(ValueError):
     """A setting cannot be used; the message names it, what was found and what to do."""
 
+    exit_status = 2
+
 
 class RunError(RuntimeError):
-    """The run cannot go on; the message says what to do."""
+    """The run cannot continue; the message says what to do."""
+
+    exit_status = 1
 
 
-class Failure(SystemExit, Exception):
-    """The end of a failed run, with its exit status; an Exception, too, for ``wandb.agent(function=main)``.
-
-    A mere SystemExit is a success to it.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.code = status
-
-
-class NotebookFailure(Exception):
-    """The end of a failed run in a notebook, where there is no exit status; IPython shows its message and no more."""
+class ExitError(Exception):
+    """The end of a failed run in a notebook, which has no exit status; IPython shows only its message."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
@@ -45,76 +36,80 @@ class NotebookFailure(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a mistake of the user's, or an interruption, into one message and the right exit status.
+    """Turn a user's mistake, or an interruption, into one message and the right exit status.
 
-    Status 2 is a bad configuration, 1 a failed run, 128 + the signal's number an interruption. Errors of the program
-    itself, and those in the user's own network, keep their traceback. What is changed in the process meanwhile
-    (standard streams, signals, a logger) is as it was at the end.
+    An exception whose class has an `exit_status` ends the program with that status and without a traceback: 2 for a bad
+    configuration, 1 for a failed run. A signal ends it with 128 + its number. Errors of the program itself, and those
+    in the user's own network, keep their traceback. What is changed in the process meanwhile (standard streams,
+    signals, a logger) is restored at the end.
     """
-    with ExitStack() as undo:
-        undo.enter_context(_standard_streams())
-        undo.enter_context(_quiet_matplotlib())
-        undo.enter_context(_signals_as_exceptions())
+    with ExitStack() as restore:
+        restore.enter_context(_usable_standard_streams())
+        restore.enter_context(_quiet_matplotlib())
+        restore.enter_context(_signals_as_exceptions())
         try:
             yield
-        except ConfigurationError as error:
-            lines = [f"  {line}" for line in str(error).splitlines()]
-            _fail(2, "\n".join(["Bad configuration:", *lines]))
-        except (DatasetError, RunError) as error:
-            _fail(1, f"The run failed: {error}")
         except KeyboardInterrupt as interrupt:
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            _fail(128 + int(number), f"Stopped by {signal.Signals(number).name}.")
+            number = _signal_number(interrupt)
+            _exit(128 + number, f"Stopped by {signal.Signals(number).name}.")
         except Exception as error:
-            if not is_stop_of_an_agent(error):
+            status = getattr(error, "exit_status", None)
+            if status is None:
                 raise
-            print("Stopped by W&B's agent.", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGTERM) from None
+            _exit(status, _message(error, status))
 
 
-def _fail(status: int, message: str) -> None:
-    if _is_notebook():
-        raise NotebookFailure(message) from None
-    with suppress(OSError):  # the terminal may be gone
+def _message(error: Exception, status: int) -> str:
+    if status != ConfigurationError.exit_status:
+        return f"The run failed: {error}"
+    lines = [f"  {line}" for line in str(error).splitlines()]
+    return "\n".join(["Bad configuration:", *lines])
+
+
+def _signal_number(interrupt: KeyboardInterrupt) -> int:
+    """Return the number that our own handler put into the exception; SIGINT if it came from elsewhere."""
+    number = interrupt.args[0] if interrupt.args else None
+    return number if isinstance(number, signal.Signals) else signal.SIGINT
+
+
+def _exit(status: int, message: str) -> None:
+    if _in_notebook():
+        raise ExitError(message) from None
+    with suppress(OSError):  # the terminal may be closed
         print(message, file=sys.stderr)
-    raise Failure(status, message) from None
+    raise SystemExit(status) from None
 
 
-def _is_notebook() -> bool:
-    """Return whether IPython runs this, as in a notebook."""
+def _in_notebook() -> bool:
+    """Return whether IPython runs this code, as in a notebook."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def is_stop_of_an_agent(error: Exception) -> bool:
-    """Return whether it is the bare exception that an agent of W&B's puts into the thread that it started."""
-    return type(error) is Exception and not error.args and "wandb.agents.pyagent" in sys.modules
-
-
 @contextmanager
-def _standard_streams() -> Iterator[None]:
-    """Have all three standard streams, able to show any text.
+def _usable_standard_streams() -> Iterator[None]:
+    """Provide all three standard streams, able to print any text.
 
-    Python has None where one is closed, as by ``2>&-``, and whatever is opened next takes the stream's number: a
-    checkpoint, to be printed into. A file on Windows may have no character for a table's lines.
+    If one is closed (``2>&-``), it is None in Python, and the next file that is opened, such as a checkpoint, gets the
+    stream's number and everything that is printed. A redirected stream on Windows may lack the characters of a table.
     """
-    with ExitStack() as undo:
+    with ExitStack() as restore:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             if getattr(sys, name) is None:
                 number = os.open(os.devnull, os.O_RDWR)
                 os.set_inheritable(number, True)  # for the workers
-                undo.callback(setattr, sys, name, None)
-                setattr(sys, name, undo.enter_context(os.fdopen(number, mode)))
+                restore.callback(setattr, sys, name, None)
+                setattr(sys, name, restore.enter_context(os.fdopen(number, mode)))
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                undo.callback(stream.reconfigure, errors=stream.errors)
+                restore.callback(stream.reconfigure, errors=stream.errors)
                 stream.reconfigure(errors="replace")
         yield
 
 
 @contextmanager
 def _quiet_matplotlib() -> Iterator[None]:
-    """Spare the user matplotlib's warning of a home directory that cannot be written: it needs none for a picture."""
+    """Hide matplotlib's warning about a home directory that is not writable: no plot needs one."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -126,46 +121,44 @@ def _quiet_matplotlib() -> Iterator[None]:
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Let SIGTERM and the end of the terminal end the run as Ctrl-C does."""
+    """Let SIGTERM and a closed terminal end the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread may set a handler
+        yield  # only the main thread may set a handler
         return
 
     def interrupt(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt(number)
+        raise KeyboardInterrupt(signal.Signals(number))
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
-    # Ignored, as under nohup and behind `&` in a script; or of a program around us that Python knows nothing of.
-    left_alone = (signal.SIG_IGN, None)
-    previous = {number: handler for number, handler in handlers.items() if handler not in left_alone}
-    for number in previous:
+    # SIG_IGN: ignored on purpose, as under nohup. None: a handler that was not installed from Python.
+    replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in previous.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def beside_the_run(what: str) -> Iterator[None]:
-    """Do something that must not end a run: whatever it raises becomes one line."""
+def nonfatal(what: str) -> Iterator[None]:
+    """Run code that must not end a run: any exception becomes one line."""
     try:
         yield
     except Exception as error:
-        if is_stop_of_an_agent(error):
-            raise
         with suppress(OSError):
             print(f"Without {what}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def end_traceback_outside(error: Exception, *paths: str) -> None:
-    """Let the traceback of an error end at its last line outside these files and folders: the user's own, if any."""
-    trace, last = error.__traceback__, None
+def end_traceback_at_user_code(error: Exception, *program_paths: str) -> None:
+    """Cut the traceback of an error after its last line outside these files and folders, which is the user's own."""
+    prefixes = tuple(path if path.endswith(".py") else os.path.join(path, "") for path in program_paths)
+    trace, last_of_user = error.__traceback__, None
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(paths):
-            last = trace
+        if not trace.tb_frame.f_code.co_filename.startswith(prefixes):
+            last_of_user = trace
         trace = trace.tb_next
-    if last is not None:
-        last.tb_next = None
+    if last_of_user is not None:
+        last_of_user.tb_next = None

@@ -1,46 +1,63 @@
-"""What a fit and an experiment came to: figures worked out from predictions."""
+"""Metrics of a run, computed from the predictions of its fits."""
+
+from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from data_utils import Dataset
-from train_utils import accuracy_of
+from train_utils import compute_accuracy
 
-MISTAKES_SHOWN = 24
+if TYPE_CHECKING:
+    from experiment.prepare import Experiment
+    from experiment.run_directory import RunDirectory
+    from experiment.training import Checkpoint
+
+History = list[dict[str, float]]  # the metrics of one fit, one dict per epoch
+MAX_MISTAKES = 24
 
 
 @dataclass
 class FitResult:
-    """What a fit came to: `history` has a dict an epoch, all else is of the images that the fit was evaluated on.
+    """Metrics of one fit on the images that it was evaluated on.
 
-    `confusion` counts images by true class (row) and predicted class (column), in the order of the report's classes.
+    Attributes
+    ----------
+    name : str
+    loss, accuracy : float
+    report : dict
+        scikit-learn's `classification_report`.
+    history : list of dict
+        Metrics after each epoch.
+    confusion : list of list of int
+        Numbers of images by true class (row) and predicted class (column), in the order of `classes`.
     """
 
     name: str
     loss: float
     accuracy: float
     report: dict[str, Any]
-    history: list[dict[str, float]]
+    history: History
     confusion: list[list[int]]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of `report` and `confusion`."""
+        return [name for name, row in self.report.items() if isinstance(row, dict) and not name.endswith(" avg")]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds of this fit."""
         return {name: getattr(self, name) for name in ("name", "loss", "accuracy", "report", "history")}
 
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes, in the order of the report and of `confusion`."""
-        return [name for name, row in self.report.items() if isinstance(row, dict) and not name.endswith(" avg")]
-
 
 @dataclass
 class Mistake:
-    """A test image (uint8, 28×28) that the final network takes for something else, and how sure it is of that."""
+    """A test image (uint8, 28×28) that the final network classified wrongly, and the probability it gave."""
 
     image: Tensor
     true: str
@@ -50,9 +67,22 @@ class Mistake:
 
 @dataclass(repr=False)
 class ExperimentResult:
-    """What a run came to; ``to_dict()`` is the content of results.json, which lies in `run_dir`.
+    """Results of a run; `to_dict()` is the content of results.json.
 
-    `failures` says of each fit that diverged what happened; such a fit is not among the folds, or final is None.
+    Attributes
+    ----------
+    config : dict
+    folds : list of FitResult
+        Without the folds that diverged.
+    final : FitResult or None
+        None if the final fit diverged.
+    failures : dict
+        For each fit that diverged, by name, a sentence that says how.
+    mistakes : list of Mistake
+        On the test images, the most confident first.
+    environment : dict
+        Time, machine, versions and W&B's ids.
+    run_dir : Path
     """
 
     config: dict[str, Any]
@@ -65,10 +95,7 @@ class ExperimentResult:
 
     @property
     def cross_validation(self) -> dict[str, float]:
-        """Mean and sample standard deviation (ddof = 1) over the folds of loss, accuracy and averages.
-
-        Empty where all folds but one, or all, have failed.
-        """
+        """Mean and sample standard deviation (ddof = 1) over the folds; empty if fewer than two folds have a result."""
         if len(self.folds) < 2:
             return {}
         values = {
@@ -77,11 +104,11 @@ class ExperimentResult:
             "macro_f1": [fold.report["macro avg"]["f1-score"] for fold in self.folds],
             "weighted_f1": [fold.report["weighted avg"]["f1-score"] for fold in self.folds],
         }
-        means = {f"{name}_mean": statistics.fmean(of_folds) for name, of_folds in values.items()}
-        return means | {f"{name}_std": statistics.stdev(of_folds) for name, of_folds in values.items()}
+        means = {f"{name}_mean": statistics.fmean(per_fold) for name, per_fold in values.items()}
+        return means | {f"{name}_std": statistics.stdev(per_fold) for name, per_fold in values.items()}
 
     def __repr__(self) -> str:
-        """Return three lines: where it lies, what the test said, what the folds said."""
+        """Return three lines: the run directory, the test's metrics and those of the folds."""
         test = "no final fit: it diverged"
         if self.final:
             test = f"test accuracy {self.final.accuracy:.4f}, loss {self.final.loss:.4f}"
@@ -96,61 +123,75 @@ class ExperimentResult:
         return {
             "config": self.config,
             "folds": [fold.to_dict() for fold in self.folds],
-            "final": self.final and self.final.to_dict(),
+            "final": self.final.to_dict() if self.final else None,
             "failures": self.failures,
             "cross_validation": self.cross_validation,
             "environment": self.environment,
         }
 
 
-def make_result(
-    config: dict[str, Any],
-    dataset: Dataset,
-    checkpoints: dict[str, dict[str, Any]],
-    environment: dict[str, Any],
-    run_dir: Path,
-) -> ExperimentResult:
-    """Work out the figures of all fits from their checkpoints after the last epoch."""
+def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], folder: RunDirectory) -> ExperimentResult:
+    """Compute the metrics of all fits from their last checkpoints."""
+    dataset = experiment.dataset
     present = torch.cat([dataset.train_labels, dataset.test_labels]).unique().tolist()
     class_names = {label: dataset.class_names[label] for label in present}
-    folds, final, mistakes, failures = [], None, [], {}
+    fits, mistakes, failures = {}, [], {}
     for name, checkpoint in checkpoints.items():
         if checkpoint["failure"]:
             failures[name] = checkpoint["failure"]
-        elif name == "final":
-            final = _evaluate(name, checkpoint["history"], checkpoint["evaluation"], class_names)
-            _, labels, probabilities = checkpoint["evaluation"]
-            mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
         else:
-            folds.append(_evaluate(name, checkpoint["history"], checkpoint["evaluation"], class_names))
-    return ExperimentResult(config, folds, final, failures, mistakes, environment, run_dir)
+            fits[name] = _compute_metrics(name, checkpoint["history"], checkpoint["evaluation"], class_names)
+    final = fits.pop("final", None)
+    if final:
+        _, labels, probabilities = checkpoints["final"]["evaluation"]
+        mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+    seconds = time.monotonic() - experiment.started
+    return ExperimentResult(
+        config=experiment.config.to_dict(),
+        folds=list(fits.values()),
+        final=final,
+        failures=failures,
+        mistakes=mistakes,
+        environment=experiment.environment | {"seconds": seconds, "resumed": folder.resumed},
+        run_dir=folder.path,
+    )
 
 
-def _evaluate(
-    name: str, history: list[dict[str, float]], evaluation: tuple[float, Tensor, Tensor], class_names: dict[int, str]
+def _compute_metrics(
+    name: str, history: History, evaluation: tuple[float, Tensor, Tensor], class_names: dict[int, str]
 ) -> FitResult:
-    """Work out a fit's figures from what `test_loop` returned; a class without any image has no name and no row."""
+    """Return the metrics of a fit.
+
+    Parameters
+    ----------
+    name : str
+    history : list of dict
+    evaluation : tuple
+        What `test_loop` returned: loss, labels and probabilities.
+    class_names : dict
+        Names by label of the classes that have images. Other classes have no row in the report.
+    """
     from sklearn.metrics import classification_report, confusion_matrix
 
     loss, labels, probabilities = evaluation
     predictions = probabilities.argmax(1)
-    present, names = list(class_names), list(class_names.values())
+    present = list(class_names)
     report = classification_report(
-        labels, predictions, labels=present, target_names=names, output_dict=True, zero_division=0
+        labels, predictions, labels=present, target_names=list(class_names.values()), output_dict=True, zero_division=0
     )
-    report.pop("micro avg", None)  # stands in for the accuracy where a class was predicted that does not occur
-    accuracy = report["accuracy"] = accuracy_of(labels, probabilities)
+    report.pop("micro avg", None)  # replaces the accuracy if a class without images was predicted
+    accuracy = report["accuracy"] = compute_accuracy(labels, probabilities)
     confusion = confusion_matrix(labels, predictions, labels=present).tolist()
     return FitResult(name, loss, accuracy, report, history, confusion)
 
 
 def _find_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str]) -> list[Mistake]:
-    """Return the wrongly classified images that the network is most sure of, the surest first."""
-    sureness, predictions = probabilities.max(1)
+    """Return the wrongly classified images, the most confident first."""
+    confidence, predictions = probabilities.max(1)
     wrong = (predictions != labels).nonzero().flatten()
-    surest = wrong[sureness[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
+    most_confident_first = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     mistakes = []
-    for i in surest.tolist():
+    for i in most_confident_first[:MAX_MISTAKES].tolist():
         true, predicted = class_names[labels[i]], class_names[predictions[i]]
-        mistakes.append(Mistake(images[i], true, predicted, sureness[i].item()))
+        mistakes.append(Mistake(images[i], true, predicted, confidence[i].item()))
     return mistakes

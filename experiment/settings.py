@@ -16,35 +16,34 @@ from pydantic_core import PydanticCustomError
 from experiment.errors import ConfigurationError, user_errors
 from experiment.wandb_sweep import sweep_parameters
 
-# The settings that say what is computed, as the entry scripts group them.
-HYPERPARAMETERS = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+MAX_SHOWN = 80  # characters of a bad value in a message
 
 
-def device_is_here(device: str) -> bool:
-    """Return whether the machine has "cpu", "auto", "mps", "cuda" or "cuda:N"."""
+def device_available(device: str) -> bool:
+    """Return whether this machine has "cpu", "auto", "mps", "cuda" or "cuda:N"."""
     if device.startswith("cuda"):
         return int(device.partition(":")[2] or 0) < torch.cuda.device_count()
     return device != "mps" or torch.backends.mps.is_available()
 
 
-def _must_be_here(device: str) -> str:
-    if not device_is_here(device):
+def _check_device(device: str) -> str:
+    if not device_available(device):
         raise ValueError
     return device
 
 
-def _must_name_a_place(path: str | Path) -> str | Path:
+def _check_path(path: str | Path) -> str | Path:
     if not str(path).strip() or "\0" in str(path):
         raise ValueError
     try:
         Path(path).expanduser()
-    except RuntimeError:  # there is no such home
+    except RuntimeError:  # "~name" of an unknown user
         raise ValueError from None
     return path
 
 
-TextOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
-Place = Annotated[TextOrPath, Field(description="a path"), AfterValidator(_must_name_a_place)]
+StrOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
+PathSetting = Annotated[StrOrPath, Field(description="a path"), AfterValidator(_check_path)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -68,9 +67,9 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
     mirror: bool = Field(strict=True, description="True or False")
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
-    device: Annotated[str, AfterValidator(_must_be_here)] = Field(
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
         pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",
-        description='"cpu", "cuda", "cuda:N", "mps" or "auto", and on this machine',
+        description='"cpu", "cuda", "cuda:N", "mps" or "auto", and available on this machine',
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(description='"auto", "float32" or "bfloat16"')
     workers: Literal["auto"] | Annotated[StrictInt, Field(ge=1)] = Field(
@@ -83,94 +82,96 @@ class TrainingConfig:
     wandb_project_name: str = Field(
         pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"
     )
-    wandb_api_key_path: Place
-    data_dir: Place
-    runs_dir: Place
+    wandb_api_key_path: PathSetting
+    data_dir: PathSetting
+    runs_dir: PathSetting
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _in_the_users_words(cls, values: Any, handler: pydantic.ModelWrapValidatorHandler[Any]) -> Any:
+    def _name_bad_constants(cls, values: Any, handler: pydantic.ModelWrapValidatorHandler[Any]) -> Any:
         try:
             return handler(values)
         except pydantic.ValidationError as error:
-            lines = dict.fromkeys(_line_of(each) for each in error.errors())  # of a union, each part has an error
+            lines = dict.fromkeys(_error_line(each) for each in error.errors())  # a union has one error per member
             raise PydanticCustomError("settings", "{lines}", {"lines": "\n".join(lines)}) from None
 
     @classmethod
     def from_constants(cls, constants: Mapping[str, Any]) -> "TrainingConfig":
         """Build the configuration from a script's constants, as in ``TrainingConfig.from_constants(globals())``.
 
-        Where an agent of W&B's wants something else of a trial, that counts.
+        In a trial of a W&B sweep, the parameters of the trial replace the constants.
 
         Raises
         ------
         ConfigurationError
-            A ValueError with a line for every constant that is bad or missing.
+            A ValueError with one line per constant that is bad or missing.
         """
-        values = {name: constants[name.upper()] for name in fields_of_config() if name.upper() in constants}
+        values = {name: constants[name.upper()] for name in config_fields() if name.upper() in constants}
         try:
             return cls(**(values | sweep_parameters()))
         except pydantic.ValidationError as error:
             raise ConfigurationError(error.errors()[0]["msg"]) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as JSON can hold them."""
-        return {
-            name: _as_text(value) if isinstance(value, (str, Path)) else value for name, value in asdict(self).items()
-        }
+        """Return all settings as JSON can store them."""
+        settings = asdict(self)
+        for name, value in settings.items():
+            if isinstance(value, (str, Path)):
+                settings[name] = _to_utf8(value)
+        return settings
 
 
-def fields_of_config() -> dict[str, Any]:
+def config_fields() -> dict[str, Any]:
     """Return pydantic's description of each setting, by name."""
-    return TrainingConfig.__pydantic_fields__  # type: ignore[attr-defined]  # which mypy does not know of dataclasses
+    return TrainingConfig.__pydantic_fields__  # type: ignore[attr-defined]  # unknown to mypy for dataclasses
 
 
-def _line_of(error: Any) -> str:
-    """Return what the user is told of one of pydantic's errors."""
+def _error_line(error: Any) -> str:
+    """Return the message for one of pydantic's errors."""
     name = str(error["loc"][0])
     if error["type"] == "missing":
         return f"{name.upper()} is missing"
-    if name not in fields_of_config():
-        return f"{name.upper()} is no setting"
+    if name not in config_fields():
+        return f"{name.upper()} is not a setting"
     found = repr(error["input"])
-    if len(found) > 80:
-        found = f"{found[:77]}…"
-    return f"{name.upper()} must be {fields_of_config()[name].description}, got {found}"
+    if len(found) > MAX_SHOWN:
+        found = f"{found[: MAX_SHOWN - 3]}…"
+    return f"{name.upper()} must be {config_fields()[name].description}, got {found}"
 
 
-def _as_text(value: str | Path) -> str:
-    """Return a text or a path as UTF-8 can hold it; a file's name may have bytes that are none."""
+def _to_utf8(value: str | Path) -> str:
+    """Return a string or path that can be encoded as UTF-8: a file name may contain other bytes."""
     return str(value).encode(errors="backslashreplace").decode()
 
 
 def read_command_line(constants: Mapping[str, Any], description: str | None) -> dict[str, Any]:
     """Return the constants that the command line sets, as in ``python main_cnn.py --epochs 3 --lr-schedule=constant``.
 
-    Where there is no script, as in a notebook's cell, no command line is read.
+    In a notebook cell, which has no script, no command line is read.
 
     Parameters
     ----------
     constants : mapping
-        The script's ``globals()``: each constant is an option of the same name, its value the default, and the comment
-        beside it what ``--help`` says.
+        The script's ``globals()``. Each constant becomes an option of the same name, its value the default, and the
+        comment beside it the option's help.
     description : str
-        What ``--help`` says of the script.
+        The first lines of ``--help``.
     """
     if "__file__" not in constants:
         return {}
     parser = _Parser(description=description, allow_abbrev=False)
-    comments = _comments_beside_constants(Path(constants["__file__"]))
-    for name in fields_of_config():
+    comments = _read_comments(Path(constants["__file__"]))
+    for name in config_fields():
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        text = f"{comments.get(name.upper(), '')} (default: {constants.get(name.upper())!r})".replace("%", "%%")
-        parser.add_argument(*flags, dest=name, metavar="VALUE", help=text.strip(), default=argparse.SUPPRESS)
+        help_text = f"{comments.get(name.upper(), '')} (default: {constants.get(name.upper())!r})".replace("%", "%%")
+        parser.add_argument(*flags, dest=name, metavar="VALUE", help=help_text.strip(), default=argparse.SUPPRESS)
     with user_errors():
         given = vars(parser.parse_args())
-    return {name.upper(): _value_of(name, text) for name, text in given.items()}
+    return {name.upper(): _parse_value(name, string) for name, string in given.items()}
 
 
-def _comments_beside_constants(script: Path) -> dict[str, str]:
-    """Return the comment that stands beside each constant in a script."""
+def _read_comments(script: Path) -> dict[str, str]:
+    """Return the comment beside each constant of a script."""
     lines = re.findall(r"^([A-Z_]+) = .*?  # (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
     return dict(lines)
 
@@ -180,13 +181,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (--help lists the options)")
 
 
-def _value_of(name: str, text: str) -> Any:
-    """Return what an option's text stands for: a text where the setting is one, else the number or the truth value."""
-    if fields_of_config()[name].annotation in (str, TextOrPath):
-        return text
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+def _parse_value(name: str, string: str) -> Any:
+    """Return the value of an option: a string if the setting is a string or path, else a Python literal."""
+    if config_fields()[name].annotation in (str, StrOrPath):
+        return string
+    if string.lower() in ("true", "false"):
+        return string.lower() == "true"
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(string)
     except (ValueError, SyntaxError):
-        return text
+        return string

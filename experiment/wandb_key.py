@@ -1,91 +1,120 @@
 """Weights & Biases: where the API key comes from, and whether to log online or offline."""
 
+from __future__ import annotations
+
 import codecs
 import configparser
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import requests
 
-from experiment.console import warn
+from data_files import resolve_path
 from experiment.errors import ConfigurationError, RunError
+from experiment.terminal import warn
+from experiment.wandb_sweep import Sweep, pop_sweep_env
+
+if TYPE_CHECKING:
+    from experiment.settings import TrainingConfig
 
 SERVER_TIMEOUT_SECONDS = 5
-WANDBS_OWN_SERVER = "https://api.wandb.ai"
+DEFAULT_SERVER = "https://api.wandb.ai"
+KEY_PATTERN = r"[A-Za-z0-9_.-]{40,}"
+ADVICE = 'Put yours there (https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
 
 
-def choose_mode(mode: str, key_path: Path, in_sweep: bool = False) -> tuple[str, str | None]:
-    """Return the W&B mode ("online", "offline" or "disabled") and, where it is online, the API key.
+@dataclass(frozen=True)
+class WandbAccess:
+    """How an experiment is logged: `mode` is "online", "offline" or "disabled"; only "online" has a key."""
 
-    W&B's own environment variables WANDB_DISABLED and WANDB_MODE win over `mode`, in this order; "auto" is online with
-    a key and offline without. A trial of a sweep is online or not at all.
+    mode: str
+    key: str | None = field(default=None, repr=False)
+    sweep: Sweep | None = None
+
+
+def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
+    """Return the mode, the API key and the sweep of an experiment; remove the sweep from the environment.
+
+    W&B's environment variables WANDB_DISABLED and WANDB_MODE override the setting, in this order. "auto" is online with
+    a key and offline without. A server that does not respond as expected costs one line, and the run is logged offline.
+    A trial of a sweep needs the server.
 
     Raises
     ------
     ConfigurationError
-        If the mode is online and there is no key, what is there is none, or the server refuses it; the message says
-        where it was found, never what it is. In a sweep, also if the mode is not online.
+        If the mode is online and there is no key, the key has the wrong form, or the server refuses it. The message
+        names where the key was found, never the key. In a sweep, also if the mode is not online.
     RunError
-        In a sweep, if the server does not answer as it should.
+        In a sweep, if the server does not respond as expected.
     """
-    mode = (os.environ.get("WANDB_MODE") or mode).replace("dryrun", "offline")
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
-        mode = "disabled"
-    if in_sweep and mode in ("offline", "disabled"):
-        raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
+    sweep = pop_sweep_env()
+    mode = _mode_in_environment() or config.wandb_mode
     if mode in ("offline", "disabled"):
-        return mode, None
-    if mode not in ("auto", "online"):
+        if sweep:
+            raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
+        return WandbAccess(mode)
+
+    key_path = resolve_path(config.wandb_api_key_path)
+    base_url = server_url()
+    key, source = find_api_key(key_path, base_url)
+    if key is None:
+        if mode == "auto" and not sweep:
+            return WandbAccess("offline")
+        reason = "a sweep needs W&B's server" if sweep else 'WANDB_MODE is "online"'
+        places = f"the environment variable WANDB_API_KEY, in {key_path} or in .netrc"
+        raise ConfigurationError(f"{reason}, but no API key is in {places}. {ADVICE}")
+    if not re.fullmatch(KEY_PATTERN, key):
+        expected = "a word of 40 or more letters and digits, on a line of its own"
+        raise ConfigurationError(f"{source} does not contain an API key: {expected}. {ADVICE}")
+
+    problem = check_server(base_url, key)
+    if problem is None:
+        return WandbAccess("online", key, sweep)
+    if problem == "refused":
+        raise ConfigurationError(f"W&B at {base_url} refuses the API key from {source}. {ADVICE}")
+    if sweep:
+        raise RunError(f"a sweep needs W&B's server, but {base_url} does not respond as expected ({problem}).")
+    warn(f"W&B: {base_url} does not respond as expected ({problem}), so this run is logged offline.")
+    return WandbAccess("offline")
+
+
+def _mode_in_environment() -> str | None:
+    """Return the mode that W&B's own environment variables set, if any."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        return None
+    if mode == "dryrun":  # W&B's former name
+        return "offline"
+    if mode not in ("auto", "online", "offline", "disabled"):
         raise ConfigurationError(
             f"the environment variable WANDB_MODE must be online, offline or disabled, got {mode!r}"
         )
-    base_url = server_url()
-    key, source = find_api_key(key_path, base_url)
-    way_out = 'Put yours there (https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
-    if key is None and mode == "auto" and not in_sweep:
-        return "offline", None
-    if key is None:
-        places = f"the environment variable WANDB_API_KEY, in {key_path} or in .netrc"
-        wish = "a sweep needs W&B's server" if in_sweep else 'WANDB_MODE is "online"'
-        raise ConfigurationError(f"{wish}, but no API key is in {places}. {way_out}")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{40,}", key):
-        wanted = "a word of 40 or more letters and digits, on a line of its own"
-        raise ConfigurationError(f"{source} does not hold an API key: {wanted}. {way_out}")
-    problem = ask_server(base_url, key)
-    if problem == "refused":
-        raise ConfigurationError(f"W&B at {base_url} refuses the API key from {source}. {way_out}")
-    if problem and in_sweep:
-        raise RunError(f"a sweep needs W&B's server, but {base_url} does not answer as it should ({problem}).")
-    if problem:
-        warn(f"W&B: {base_url} does not answer as it should ({problem}), so this run is logged offline.")
-        return "offline", None
-    return "online", key
+    return mode
 
 
 def server_url() -> str:
     """Return the server's address: W&B's own, unless WANDB_BASE_URL or one of W&B's settings files names another.
 
-    The files are read here, since W&B itself would take a second, start a process and need a home for that.
+    The files are read here because W&B itself would take a second, start a process and need a home directory.
     """
-    url = os.environ.get("WANDB_BASE_URL") or _url_in_settings_files() or WANDBS_OWN_SERVER
+    url = os.environ.get("WANDB_BASE_URL") or _url_in_settings_files() or DEFAULT_SERVER
     return url.rstrip("/")
 
 
 def _url_in_settings_files() -> str | None:
-    """Return the `base_url` that ``wandb login --host`` or ``wandb init`` left, where they leave it."""
+    """Return the `base_url` in the files that ``wandb init`` (working directory) and ``wandb login --host`` write."""
     config_dir = os.environ.get("WANDB_CONFIG_DIR") or os.path.join("~", ".config", "wandb")
-    paths = [
-        os.path.join("wandb", "settings"),  # in the working directory, which wins
-        os.path.join(
-            os.path.expanduser(config_dir), "settings"
-        ),  # without a home the ~ stays, and there is no such file
-    ]
+    paths = [os.path.join("wandb", "settings"), os.path.join(os.path.expanduser(config_dir), "settings")]
     for path in paths:
         settings = configparser.ConfigParser(interpolation=None)
         try:
             settings.read(path, encoding="utf-8")
-        except (configparser.Error, OSError, UnicodeDecodeError):  # W&B, too, passes over what it cannot read
+        except (configparser.Error, OSError, UnicodeDecodeError):  # W&B ignores unreadable files, too
             continue
         url = settings.get("default", "base_url", fallback=None)
         if url:
@@ -94,17 +123,17 @@ def _url_in_settings_files() -> str | None:
 
 
 def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
-    """Return the API key and where it was found: environment, key file, or what ``wandb login`` left.
+    """Return the API key and where it was found: environment, key file, or the .netrc that ``wandb login`` writes.
 
-    Blank lines and lines that start with ``#`` in the key file do not count. Quotes around the key, ``WANDB_API_KEY=``
-    before it and the UTF-16 that PowerShell writes are no part of it.
+    In the key file, blank lines and lines that start with ``#`` are ignored. Quotes around the key, ``WANDB_API_KEY=``
+    before it and PowerShell's UTF-16 are understood.
 
     Raises
     ------
     ConfigurationError
-        If there is a key file that cannot be read.
+        If the key file cannot be read.
     """
-    key: str | None = _bare(os.environ.get("WANDB_API_KEY", ""))
+    key: str | None = _strip_assignment(os.environ.get("WANDB_API_KEY", ""))
     if key:
         return key, "the environment variable WANDB_API_KEY"
     key = _key_in_file(key_path)
@@ -124,32 +153,32 @@ def _key_in_file(path: Path) -> str | None:
     except OSError as error:
         raise ConfigurationError(f"WANDB_API_KEY_PATH: {path} cannot be read ({error.strerror})") from None
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig", errors="replace")
-    for line in text.splitlines():
-        key = _bare(line)
+    lines = content.decode("utf-16" if is_utf_16 else "utf-8-sig", errors="replace").splitlines()
+    for line in lines:
+        key = _strip_assignment(line)
         if key and not line.strip().startswith("#"):
             return key
     return None
 
 
 def _key_in_netrc(base_url: str) -> str | None:
-    """Return the password for the server in the file that ``wandb login`` writes; where it is damaged, None."""
+    """Return the server's password in the file that ``wandb login`` writes; None if the file is damaged."""
     try:
         entry = requests.utils.get_netrc_auth(base_url)
-    except (KeyError, RuntimeError, ValueError):  # no home; not UTF-8, or an address that is none
+    except (KeyError, RuntimeError, ValueError):  # no home directory; not UTF-8; not an address
         return None
     return entry[1] if entry else None
 
 
-def _bare(line: str) -> str:
-    """Return the key of a line that may be an assignment of it."""
+def _strip_assignment(line: str) -> str:
+    """Return the key in a line that may also be an assignment, such as ``export WANDB_API_KEY="…"``."""
     return re.sub(r"^(export |set |\$env:)?\s*WANDB_API_KEY\s*=", "", line.strip()).strip(" \t\"';")
 
 
-def ask_server(base_url: str, key: str) -> str | None:
-    """Return None if the server knows the key, "refused" if it refuses it, else what is wrong with the server."""
+def check_server(base_url: str, key: str) -> str | None:
+    """Return None if the server accepts the key, "refused" if it refuses it, else what is wrong with the server."""
     try:
-        answer = requests.post(
+        response = requests.post(
             f"{base_url}/graphql",
             json={"query": "query Viewer { viewer { id } }"},
             auth=("api", key),
@@ -157,12 +186,12 @@ def ask_server(base_url: str, key: str) -> str | None:
         )
     except requests.RequestException as error:
         return type(error).__name__
-    if answer.status_code in (401, 403):
+    if response.status_code in (401, 403):
         return "refused"
-    if answer.status_code != 200:
-        return f"HTTP status {answer.status_code}"
+    if response.status_code != 200:
+        return f"HTTP status {response.status_code}"
     try:
-        viewer = answer.json()["data"]["viewer"]
-    except (ValueError, KeyError, TypeError):  # a proxy's login page, for one
-        return "it does not speak as W&B does"
-    return "refused" if viewer is None else None  # as W&B itself takes it
+        viewer = response.json()["data"]["viewer"]
+    except (ValueError, KeyError, TypeError):  # for example the login page of a proxy
+        return "it is not a W&B server"
+    return "refused" if viewer is None else None

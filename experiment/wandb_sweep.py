@@ -1,11 +1,10 @@
-"""Weights & Biases' sweeps: what an agent that starts this program wants of it.
+"""Weights & Biases' sweeps: the parameters that ``wandb agent`` passes to this program as one trial of a sweep.
 
-W&B would give all K + 1 runs the id of the agent's one run. So the sweep is taken out of W&B's sight, and given to the
-final run alone.
+W&B would give all K + 1 runs the id of the agent's run. So the sweep's variables are removed from the environment, and
+the sweep is passed to the final run only.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Sweep:
-    """The sweep that an experiment is a trial of, and the id of the one run that belongs to it."""
+    """The sweep that an experiment is a trial of, and the id that the agent chose for the trial's run."""
 
     sweep_id: str
     run_id: str
 
 
 def sweep_parameters() -> dict[str, Any]:
-    """Return the settings that an agent wants, from the file that it wrote; outside a sweep none."""
+    """Return the settings of a trial, from the file that the agent wrote; an empty dict outside a sweep."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path:
         return {}
@@ -30,24 +29,12 @@ def sweep_parameters() -> dict[str, Any]:
     return {name: entry["value"] for name, entry in entries.items() if name != "wandb_version"}
 
 
-def take_sweep() -> Sweep | None:
-    """Take the sweep out of the environment, where an agent put it; None if there is none.
+def pop_sweep_env() -> Sweep | None:
+    """Return the sweep that an agent put into the environment, and remove it from there; None outside a sweep.
 
-    It is not put back: a trial is one experiment, and a second one in its process is no part of the sweep. An agent
-    that lives in this process (``wandb.agent(function=main)``) sets the variables anew for each trial.
+    It is not restored: a trial is one experiment, and a second one in the same process does not belong to the sweep.
     """
     if "WANDB_SWEEP_ID" not in os.environ or "WANDB_RUN_ID" not in os.environ:
         return None
-    sweep = Sweep(os.environ.pop("WANDB_SWEEP_ID"), os.environ.pop("WANDB_RUN_ID"))
     os.environ.pop("WANDB_SWEEP_PARAM_PATH", None)
-    if "wandb" in sys.modules:  # as in wandb.agent(function=main), where W&B may have read them already
-        _take_from_settings()
-    return sweep
-
-
-def _take_from_settings() -> None:
-    from wandb.sdk import wandb_setup
-
-    settings = wandb_setup.singleton().settings_if_loaded
-    if settings is not None:
-        settings.sweep_id = settings.run_id = settings.sweep_param_path = None
+    return Sweep(os.environ.pop("WANDB_SWEEP_ID"), os.environ.pop("WANDB_RUN_ID"))

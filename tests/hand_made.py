@@ -1,24 +1,26 @@
-"""A run of which every figure can be worked out by hand: three classes, ten test images, two folds, two epochs.
+"""A run whose metrics can be computed by hand: three classes, ten test images, two folds, two epochs.
 
-The final network's answers to the test images (true class → what it took the image for, and how sure it was):
-
-    Coat → Coat 0.9, Coat → Coat 0.8, Coat → Shirt 0.6, Coat → Shirt 0.95,
-    Shirt → Shirt 0.7, Shirt → Shirt 0.7, Shirt → Coat 0.5, Shirt → Shirt 0.75, Bag → Bag 1.0, Bag → Bag 0.9
-
-Of label 2, "Hat", there is no image at all.
+No image has label 2, "Hat".
 """
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_utils import PROJECT_DIR, Dataset
+from data_files import PROJECT_DIR
+from data_utils import Dataset
+from experiment.model_check import ModelSummary
 from experiment.results import ExperimentResult, make_result
 
+FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
 CLASS_NAMES = ["Coat", "Shirt", "Hat", "Bag"]
 COAT, SHIRT, HAT, BAG = range(4)
-TEST_ANSWERS = [
+# For each image: the true class, the predicted class and its probability.
+Predictions = list[tuple[int, int, float]]
+TEST_PREDICTIONS: Predictions = [
     (COAT, COAT, 0.9),
     (COAT, COAT, 0.8),
     (COAT, SHIRT, 0.6),
@@ -30,8 +32,8 @@ TEST_ANSWERS = [
     (BAG, BAG, 1.0),
     (BAG, BAG, 0.9),
 ]
-FOLD_1_ANSWERS = [(COAT, COAT, 0.9), (COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (BAG, BAG, 0.9)]
-FOLD_2_ANSWERS = [(COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (SHIRT, COAT, 0.9), (BAG, BAG, 0.9)]
+FOLD_1_PREDICTIONS: Predictions = [(COAT, COAT, 0.9), (COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (BAG, BAG, 0.9)]
+FOLD_2_PREDICTIONS: Predictions = [(COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (SHIRT, COAT, 0.9), (BAG, BAG, 0.9)]
 HISTORIES: dict[str, list[dict[str, float]]] = {
     "fold-1": [
         {"epoch": 1, "train/loss": 1.0, "train/accuracy": 0.5, "validation/loss": 0.8, "validation/accuracy": 0.5},
@@ -67,33 +69,15 @@ ENVIRONMENT: dict[str, Any] = {
     "precision": "bfloat16",
     "threads_per_fit": 1,
     "workers": 2,
-    "seconds": 3723.4,
-    "resumed": False,
-    "wandb_run_ids": {},
 }
-NETWORK: dict[str, Any] = {
-    "name": "NeuralNetwork",
-    "printed": "NeuralNetwork()",
-    "weights": 669706,
-    "answers": [],
-}
-RUN_NAME = "NeuralNetwork-FashionMNIST-20261126-183000"
-
-
-def make_evaluation(loss: float, answers: list[tuple[int, int, float]]) -> tuple[float, Tensor, Tensor]:
-    """Return what `test_loop` returns, given a true label, a predicted one and its probability for each image."""
-    labels = torch.tensor([true for true, _, _ in answers])
-    probabilities = torch.zeros(len(answers), len(CLASS_NAMES))
-    for row, (_, predicted, sureness) in zip(probabilities, answers, strict=True):
-        row[:] = (1 - sureness) / (len(CLASS_NAMES) - 1)
-        row[predicted] = sureness
-    return loss, labels, probabilities
+RUN_DIR = PROJECT_DIR / "runs" / "NeuralNetwork-FashionMNIST-20261126-183000"
+SECONDS = 3723  # that the run took
 
 
 def make_dataset(test_labels: Tensor) -> Dataset:
-    """Return a data set with ten training images and these test images, no two of which are the same.
+    """Return a data set with ten training images and distinct test images.
 
-    The n-th test image is black but for one pixel, of brightness n + 1, in its first row and second column.
+    The n-th test image is 0 except for one pixel in the first row and second column, which is n + 1.
     """
     train_labels = torch.tensor([COAT, COAT, COAT, SHIRT, SHIRT, SHIRT, SHIRT, BAG, BAG, BAG])
     test_images = torch.zeros(len(test_labels), 28, 28, dtype=torch.uint8)
@@ -101,23 +85,49 @@ def make_dataset(test_labels: Tensor) -> Dataset:
     return Dataset(torch.zeros(10, 28, 28, dtype=torch.uint8), train_labels, test_images, test_labels, CLASS_NAMES)
 
 
-def make_checkpoints(test_answers: list[tuple[int, int, float]] = TEST_ANSWERS) -> dict[str, dict[str, Any]]:
-    """Return the last checkpoint of each fit, as `train_all` does: the final fit comes first."""
-    evaluations = {
-        "final": make_evaluation(0.9, test_answers),
-        "fold-1": make_evaluation(0.5, FOLD_1_ANSWERS),
-        "fold-2": make_evaluation(0.7, FOLD_2_ANSWERS),
-    }
-    return {
-        name: {"state": None, "history": HISTORIES[name], "evaluation": evaluation, "failure": None}
-        for name, evaluation in evaluations.items()
-    }
-
-
-def make_hand_made_result(checkpoints: dict[str, dict[str, Any]] | None = None) -> ExperimentResult:
-    """Return what the run came to, worked out by `make_result`."""
-    checkpoints = checkpoints or make_checkpoints()
-    _, test_labels, _ = checkpoints["final"]["evaluation"] or make_evaluation(0.9, TEST_ANSWERS)
-    return make_result(
-        CONFIG, make_dataset(test_labels), checkpoints, dict(ENVIRONMENT), PROJECT_DIR / "runs" / RUN_NAME
+def make_experiment(network: str = "NeuralNetwork", test_predictions: Predictions = TEST_PREDICTIONS) -> Any:
+    """Return what results and reports use of an `Experiment`."""
+    return SimpleNamespace(
+        config=SimpleNamespace(to_dict=lambda: CONFIG),
+        dataset=make_dataset(torch.tensor([true for true, _, _ in test_predictions])),
+        environment=ENVIRONMENT,
+        model=ModelSummary(name=network, printed=f"{network}()", parameters=669706, fingerprint=[]),
+        started=time.monotonic() - SECONDS,
     )
+
+
+def make_evaluation(loss: float, predictions: Predictions) -> tuple[float, Tensor, Tensor]:
+    """Return what `test_loop` returns for these predictions."""
+    labels = torch.tensor([true for true, _, _ in predictions])
+    probabilities = torch.zeros(len(predictions), len(CLASS_NAMES))
+    for row, (_, predicted, confidence) in zip(probabilities, predictions, strict=True):
+        row[:] = (1 - confidence) / (len(CLASS_NAMES) - 1)
+        row[predicted] = confidence
+    return loss, labels, probabilities
+
+
+def make_hand_made_result(
+    test_predictions: Predictions = TEST_PREDICTIONS, failures: dict[str, str] | None = None
+) -> ExperimentResult:
+    """Return the result of the run, computed by `make_result`.
+
+    Parameters
+    ----------
+    test_predictions : list of tuple
+    failures : dict, optional
+        A sentence for each fit that diverged, by name.
+    """
+    evaluations = {
+        "final": make_evaluation(0.9, test_predictions),
+        "fold-1": make_evaluation(0.5, FOLD_1_PREDICTIONS),
+        "fold-2": make_evaluation(0.7, FOLD_2_PREDICTIONS),
+    }
+    checkpoints: dict[str, dict[str, Any]] = {}
+    for name, evaluation in evaluations.items():
+        checkpoints[name] = {"state": None, "history": HISTORIES[name], "evaluation": evaluation, "failure": None}
+    for name, failure in (failures or {}).items():
+        checkpoints[name] |= {"evaluation": None, "failure": failure}
+    folder: Any = SimpleNamespace(path=RUN_DIR, resumed=False)
+    result = make_result(make_experiment(test_predictions=test_predictions), checkpoints, folder)
+    result.environment["wandb_run_ids"] = {}  # added by `publish`
+    return result

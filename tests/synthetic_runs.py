@@ -1,4 +1,4 @@
-"""Folders such as finished runs leave, made for the purpose: nothing is trained."""
+"""Run directories as finished runs leave them, written without any training."""
 
 import json
 from collections.abc import Iterable
@@ -15,7 +15,12 @@ PRINTED = """Network(
     (2): Linear(in_features=64, out_features=10, bias=True)
   )
 )"""
-NETWORK: dict[str, Any] = {"name": "Network", "printed": PRINTED, "weights": 50890, "answers": [0.5, -1.25, 2.0]}
+NETWORK: dict[str, Any] = {
+    "name": "Network",
+    "printed": PRINTED,
+    "parameters": 50890,
+    "fingerprint": [0.5, -1.25, 2.0],
+}
 IDENTITY: dict[str, Any] = {
     "dataset": "FashionMNIST",
     "folds": 5,
@@ -45,10 +50,10 @@ def make_results(
     classes: Iterable[str] = ("Coat", "Shirt"),
     resumed: bool = False,
 ) -> dict[str, Any]:
-    """Return what results.json holds of a run that began so many minutes after STARTED.
+    """Return the content of results.json of a run that started `minutes` after STARTED.
 
-    A fold whose accuracy is NaN has diverged. By default the losses are one minus the accuracies, and the F1 of the
-    n-th class changes n times as much as the accuracy.
+    A fold whose accuracy is NaN has diverged. By default the losses are one minus the accuracies, and the F1 score of
+    the n-th class changes n times as much as the accuracy.
     """
     accuracies = [float(accuracy) for accuracy in accuracies]
     losses = [1 - accuracy for accuracy in accuracies] if losses is None else [float(loss) for loss in losses]
@@ -61,7 +66,7 @@ def make_results(
         for place, name in enumerate(classes, start=1):
             report[name] = {"precision": 0.5, "recall": 0.5, "f1-score": 0.9 + place * (accuracy - 0.9), "support": 9.0}
         report |= {"accuracy": accuracy, "macro avg": {"f1-score": 0.5}, "weighted avg": {"f1-score": 0.5}}
-        history = [{"epoch": 1, "train/loss": 0.5}]
+        history = [{"epoch": epoch, "train/loss": loss, "validation/loss": loss} for epoch in range(1, 11)]
         folds.append(
             {"name": f"fold-{number}", "accuracy": accuracy, "loss": loss, "report": report, "history": history}
         )
@@ -77,23 +82,23 @@ def make_results(
 
 
 def make_run(
-    path: Path, accuracies: Iterable[float] = BASE, network: dict[str, Any] | None = None, **what: Any
+    path: Path, accuracies: Iterable[float] = BASE, network: dict[str, Any] | None = None, **options: Any
 ) -> Path:
-    """Write a finished run; `what` are arguments of `make_results`, and else parts of its identity."""
-    of_results = {name: what.pop(name) for name in ("losses", "minutes", "classes", "resumed") if name in what}
+    """Write a finished run; `options` are arguments of `make_results` or parts of the identity."""
+    of_results = {name: options.pop(name) for name in ("losses", "minutes", "classes", "resumed") if name in options}
     path.mkdir(parents=True)
     accuracies = list(accuracies)
     write_json(path / "results.json", make_results(accuracies, **of_results))
-    identity = make_identity(network, **{"folds": len(accuracies)} | what)
+    identity = make_identity(network, **{"folds": len(accuracies)} | options)
     write_json(path / "config.json", {"identity": identity, "wandb_id": "x"})
     return path
 
 
 def make_identity(network: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Return what config.json holds under "identity", with some of it changed."""
+    """Return "identity" of config.json, with some of it changed."""
     return IDENTITY | {"network": NETWORK | (network or {})} | changes
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON."""
+    """Write a JSON file."""
     path.write_text(json.dumps(content), encoding="utf-8")

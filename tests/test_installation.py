@@ -1,4 +1,4 @@
-"""What `make` installs: PyTorch's CPU build where its index answers; tried on a local index with stand-in wheels."""
+"""What `make` installs: PyTorch's CPU build if its index is reachable; tested on a local index with dummy wheels."""
 
 import ast
 import os
@@ -26,7 +26,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the def
 
 
 def write_wheels(index: Path, label: str, *names: str) -> None:
-    """Write stand-ins of torch and torchvision, as an index lays them out; they can be installed, and no more."""
+    """Write stand-ins of torch and torchvision, as an index stores them; they can be installed but not imported."""
     for name in names:
         version = PYTORCH[name]
         (index / name).mkdir(parents=True)
@@ -73,7 +73,7 @@ def checkout(environment: Path, tmp_path: Path, index: str, monkeypatch: pytest.
 
 
 def make(checkout: Path, *arguments: str) -> tuple[str, dict[str, str]]:
-    """Set up by make; return what it printed, and the versions that it installed."""
+    """Set up with make; return its output and the installed versions."""
     command = ["make", ".venv/installed", *arguments]
     run = subprocess.run(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout
@@ -82,7 +82,7 @@ def make(checkout: Path, *arguments: str) -> tuple[str, dict[str, str]]:
 
 
 @on_linux
-def test_the_cpu_build_is_taken_where_its_index_answers_and_set_up_once(checkout: Path, index: str) -> None:
+def test_the_cpu_build_is_installed_once_if_its_index_is_reachable(checkout: Path, index: str) -> None:
     output, installed = make(checkout, f"CPU_INDEX={index}/cpu")
     assert installed == {name: f"{version}+cpu" for name, version in PYTORCH.items()}
     assert "default build" not in output
@@ -90,61 +90,61 @@ def test_the_cpu_build_is_taken_where_its_index_answers_and_set_up_once(checkout
 
 
 @on_linux
-def test_a_closed_network_is_said_in_one_line(checkout: Path) -> None:
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))
-        output, installed = make(checkout, f"CPU_INDEX=http://127.0.0.1:{unheard.getsockname()[1]}")
+def test_an_unreachable_index_is_reported_in_one_line(checkout: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        output, installed = make(checkout, f"CPU_INDEX=http://127.0.0.1:{closed.getsockname()[1]}")
     assert installed == PYTORCH
     assert output.count("default build") == 1 and "Traceback" not in output and "WARNING" not in output
 
 
 @on_linux
-def test_both_are_of_the_default_build_where_the_cpu_index_has_only_one_that_fits(checkout: Path, index: str) -> None:
+def test_both_packages_are_the_default_build_if_the_cpu_index_lacks_one(checkout: Path, index: str) -> None:
     output, installed = make(checkout, f"CPU_INDEX={index}/half")
     assert installed == PYTORCH and "does not fit" in output
 
 
 @on_linux
 @pytest.mark.slow
-def test_an_index_that_hangs_is_given_up(checkout: Path) -> None:
+def test_an_index_that_hangs_is_abandoned(checkout: Path) -> None:
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         output, installed = make(checkout, f"CPU_INDEX=http://127.0.0.1:{silent.getsockname()[1]}")
     assert installed == PYTORCH and "does not answer" in output
-    assert time.monotonic() - start < 20  # at most 15 for the index; the rest is pip's
+    assert time.monotonic() - start < 20  # at most 15 for the index, and a few for pip
 
 
 @on_linux
 @pytest.mark.parametrize("system, arguments", [("Linux", ["GPU=1"]), ("Darwin", [])])
-def test_the_cpu_index_is_not_asked_for_a_gpu_nor_elsewhere(
+def test_the_cpu_index_is_not_used_for_a_gpu_or_on_another_system(
     checkout: Path, system: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (checkout / "uname").write_text(f"#!/bin/sh\necho {system}\n")
     (checkout / "uname").chmod(0o755)
     monkeypatch.setenv("PATH", str(checkout), prepend=os.pathsep)
-    with socket.create_server(("127.0.0.1", 0)) as unasked:
-        assert make(checkout, f"CPU_INDEX=http://127.0.0.1:{unasked.getsockname()[1]}", *arguments)[1] == PYTORCH
-        unasked.setblocking(False)
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        assert make(checkout, f"CPU_INDEX=http://127.0.0.1:{unused.getsockname()[1]}", *arguments)[1] == PYTORCH
+        unused.setblocking(False)
         with pytest.raises(BlockingIOError):
-            unasked.accept()
+            unused.accept()
 
 
 @pytest.mark.parametrize(("gpu", "device"), [("", ""), ("1", " --device auto")])
-def test_a_gpu_is_trained_on_where_its_build_was_asked_for(gpu: str, device: str) -> None:
+def test_make_trains_on_the_gpu_if_its_build_was_requested(gpu: str, device: str) -> None:
     command = ["make", "--no-print-directory", "-n", "train", f"GPU={gpu}"]
-    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert told.stdout.rstrip().endswith(f"main_cnn.py{device}")
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert printed.stdout.rstrip().endswith(f"main_cnn.py{device}")
 
 
 @on_linux
 @pytest.mark.slow
-def test_an_environment_that_was_left_without_pip_is_completed(checkout: Path, index: str) -> None:
+def test_an_environment_without_pip_is_completed(checkout: Path, index: str) -> None:
     shutil.rmtree(checkout / ".venv")
     venv.create(checkout / ".venv")
     assert make(checkout, f"CPU_INDEX={index}/cpu", f"PYTHON={sys.executable}")[1].keys() == PYTORCH.keys()
 
 
-def test_a_python_that_is_too_old_is_named_before_anything_is_downloaded(tmp_path: Path) -> None:
+def test_a_python_that_is_too_old_is_refused_before_any_download(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     (tmp_path / "requirements.txt").touch()
     old = tmp_path / "python3.10"
@@ -157,13 +157,13 @@ def test_a_python_that_is_too_old_is_named_before_anything_is_downloaded(tmp_pat
 
 
 def imported(*patterns: str) -> set[str]:
-    """Return the distributions of all packages that the files import, wherever they do."""
+    """Return the distributions of all packages that the files import, at their top or in a function."""
     paths = [path for pattern in patterns for path in REPOSITORY.glob(pattern)]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    ours = {path.stem for path in [*paths, *REPOSITORY.glob("*.py")]} | {"experiment"}
-    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
+    project = {path.stem for path in [*paths, *REPOSITORY.glob("*.py")]} | {"experiment", "comparison"}
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - project
     return {DISTRIBUTIONS[package][0].lower().replace("_", "-") for package in packages}
 
 
@@ -174,17 +174,17 @@ def required(file: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def test_requirements_name_every_package_that_the_code_imports() -> None:
-    only_in_a_notebook = {"ipython"}  # which has it already: nothing else imports it
-    assert imported("*.py", "experiment/*.py") - only_in_a_notebook == set(required("requirements.txt"))
+def test_requirements_name_every_imported_package() -> None:
+    only_in_a_notebook = {"ipython"}  # installed with every notebook, and imported only there
+    assert imported("*.py", "experiment/*.py", "comparison/*.py") - only_in_a_notebook == set(required("requirements.txt"))
 
 
-def test_development_requirements_name_what_only_the_tests_import() -> None:
+def test_development_requirements_name_every_package_of_the_tests() -> None:
     everything = required("requirements.txt") | required("requirements-dev.txt")
     assert imported("tests/*.py", "tests/benchmarks/*.py", "docs/*.py") <= set(everything)
 
 
-def test_every_requirement_has_a_floor_and_the_next_major_version_as_a_bound() -> None:
+def test_every_requirement_has_a_lower_bound_and_the_next_major_version_as_upper_bound() -> None:
     for name, bounds in required("requirements.txt").items():
         match = re.fullmatch(r">=(\d+)[\d.]*,<(\d+)", bounds)
         assert match and int(match[2]) == int(match[1]) + 1, name

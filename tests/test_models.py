@@ -1,4 +1,4 @@
-"""The two networks: their printed structure and what they return."""
+"""The two networks: their printed structure and the shape of their outputs."""
 
 import pytest
 import torch
@@ -36,14 +36,13 @@ ConvolutionalNeuralNetwork(
 )"""
 
 
-def test_the_cnn_prints_the_references_structure() -> None:
+def test_cnn_prints_the_structure_of_the_reference() -> None:
     printed = str(ConvolutionalNeuralNetwork())
     assert printed.replace("affine=True, bias=True", "affine=True") == REFERENCE_STRUCTURE
 
 
-def test_the_mlp_has_layers_of_784_512_512_10() -> None:
-    layers = [str(layer) for layer in NeuralNetwork().linear_relu_stack]
-    assert layers == [
+def test_mlp_has_layers_of_784_512_512_10() -> None:
+    assert [str(layer) for layer in NeuralNetwork().linear_relu_stack] == [
         "Linear(in_features=784, out_features=512, bias=True)",
         "ReLU()",
         "Linear(in_features=512, out_features=512, bias=True)",
@@ -53,14 +52,10 @@ def test_the_mlp_has_layers_of_784_512_512_10() -> None:
 
 
 @pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
-def test_a_batch_of_images_gives_ten_logits_each(model_class: type[torch.nn.Module]) -> None:
+def test_output_is_ten_logits_per_image(model_class: type[torch.nn.Module]) -> None:
     assert model_class()(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
-
-
-def test_the_mlp_takes_images_without_a_channel() -> None:
-    assert NeuralNetwork()(torch.zeros(3, 28, 28)).shape == (3, 10)
-
-
-@pytest.mark.parametrize("model_class", [NeuralNetwork, ConvolutionalNeuralNetwork])
-def test_one_image_is_enough_to_evaluate(model_class: type[torch.nn.Module]) -> None:
     assert model_class().eval()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
+def test_mlp_accepts_images_without_a_channel() -> None:
+    assert NeuralNetwork()(torch.zeros(3, 28, 28)).shape == (3, 10)

@@ -1,4 +1,4 @@
-"""The repository itself: what its configuration files promise."""
+"""The repository: its configuration files, and the code in its tutorial."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from conftest import REPOSITORY
 from PIL import Image
 from torchvision import datasets
 
-from data_utils import Batches, DatasetError, load_dataset, pixel_statistics
+from data_files import DatasetError, load_dataset
+from data_utils import Batches, pixel_statistics
 from models import ConvolutionalNeuralNetwork
 from train_utils import test_loop
 
@@ -53,10 +54,10 @@ def test_the_snippets_statistics_are_those_of_the_training_images() -> None:
     try:
         dataset = load_dataset("FashionMNIST", REPOSITORY / "data")
     except DatasetError as error:
-        pytest.skip(f"no Fashion-MNIST, so nothing was tested on it: {error}")
+        pytest.skip(f"Fashion-MNIST is not available: {error}")
     assert pixel_statistics(dataset.train_images) == pytest.approx((0.2860, 0.3530), abs=5e-5)
 
 
-def test_figures_need_no_display_and_no_pyplot() -> None:
-    code = "import sys, experiment.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+def test_plots_need_neither_a_display_nor_pyplot() -> None:
+    code = "import sys, experiment.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -1,4 +1,4 @@
-"""The entry scripts as wholes: what they reach, how they end, and what their command line takes."""
+"""The entry scripts as a whole: their accuracy, their exit status, their command line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from conftest import REPOSITORY, Configure, Start, finish, slow, start_python, w
 
 import main_cnn
 import main_tutorial
-from data_utils import DatasetError, load_dataset
+from data_files import DatasetError, load_dataset
 
 
 @pytest.mark.slow
@@ -29,11 +29,11 @@ def test_the_tutorial_reaches_93_percent_on_5000_real_mnist_images(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_one_epoch_on_all_of_fashion_mnist_is_as_accurate_as_it_should_be(configure: Configure) -> None:
+def test_one_epoch_on_fashion_mnist_reaches_the_expected_accuracy(configure: Configure) -> None:
     try:
         load_dataset("FashionMNIST", REPOSITORY / main_cnn.DATA_DIR)
     except DatasetError as error:
-        pytest.skip(f"no Fashion-MNIST, so nothing was tested on it: {error}")
+        pytest.skip(f"Fashion-MNIST is not available: {error}")
     result = configure(main_cnn, DATASET="FashionMNIST", EPOCHS=1).main()
     assert result.final.report["macro avg"]["support"] == 10_000
     # tests/benchmarks/seeds.py --epochs 1: 0.9036 ± 0.0024 over five seeds; four standard deviations below is damage
@@ -42,7 +42,7 @@ def test_one_epoch_on_all_of_fashion_mnist_is_as_accurate_as_it_should_be(config
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_with_status_1_and_its_name(start_script: Start) -> None:
+def test_an_infinite_loss_ends_with_status_1_and_names_the_fits(start_script: Start) -> None:
     process = start_script("main_tutorial", LEARNING_RATE=1e30)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
@@ -93,10 +93,10 @@ def test_a_script_with_bad_constants_ends_with_status_2_and_no_traceback(
     process = start_script("main_cnn", **constants)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert all(text in errors for text in named) and "Traceback" not in errors
+    assert all(message in errors for message in named) and "Traceback" not in errors
 
 
-def test_a_constant_that_was_deleted_is_named(tmp_path: Path) -> None:
+def test_a_deleted_constant_is_named(tmp_path: Path) -> None:
     process = start_python(tmp_path, "-c", "import main_cnn; del main_cnn.EPOCHS; main_cnn.main()")
     assert "EPOCHS is missing" in finish(process, status=2)[1]
 
@@ -135,7 +135,7 @@ def test_a_bad_command_line_ends_with_one_line_and_status_2(arguments: list[str]
 
 
 @pytest.mark.slow
-def test_options_win_over_the_constants(tmp_path: Path) -> None:
+def test_options_override_the_constants(tmp_path: Path) -> None:
     options = "--dataset Digits --folds=2 --epochs 1 --lr-schedule=constant --wandb_mode disabled --workers 1"
     ended = run_script(*options.split(), "--runs_dir", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
@@ -145,6 +145,6 @@ def test_options_win_over_the_constants(tmp_path: Path) -> None:
     assert (config["lr_schedule"], config["wandb_mode"]) == ("constant", "disabled")
 
 
-def test_main_never_looks_at_the_command_line(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_does_not_read_the_command_line(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["main_tutorial.py", "--epochs", "nonsense"])
     assert configure(main_tutorial, EPOCHS=1).main().config["epochs"] == 1

@@ -1,4 +1,4 @@
-"""A stand-in for the W&B server on 127.0.0.1: enough GraphQL and file stream for real W&B clients and their sweeps."""
+"""A substitute for the W&B server on 127.0.0.1, complete enough for real W&B clients and their sweeps."""
 
 import base64
 import json
@@ -14,33 +14,40 @@ from typing import Any
 import sweeps
 import yaml
 
+ENTITY = {"id": "e", "name": "tester", "isTeam": False}
+VIEWER = {"id": "v", "entity": "tester", "username": "tester", "flags": "{}", "teams": {"edges": []}}
+
 
 class WandbServer:
-    """Takes what W&B clients send and keeps it for tests to read; ``with WandbServer(key) as server: …``.
+    """Stores what W&B clients send; ``with WandbServer(key) as server: …``.
 
-    ``runs`` maps run id → {"name", "project", "group", "job_type", "sweep", "config", "history", "summary", "files"}. A
-    line of history that is sent to an offset replaces what was there, as on the real server. ``artifacts`` holds what
-    was said of each artifact. ``fail()`` has it answer 500, ``hang()`` never, and ``stop()`` has it gone; ``breaks`` is
-    the one of these that is called after ``breaks_after`` requests. Who comes with another key gets status 401 or, with
-    ``knows_no_viewer``, 200 and ``viewer: null``.
-
-    ``sweeps`` maps sweep id → {"config", "project", "trials", "warnings"}. The trials, run id → what W&B's own search
-    engine suggested, are made from what came here of the runs that said they belong to the sweep. ``stop_run()`` is the
-    button on W&B's page.
+    Attributes
+    ----------
+    runs : dict
+        Run id → what the run sent. As on the real server, a history line replaces the line at the same offset.
+    artifacts, artifact_files : list
+        The description of each artifact; the content of their files.
+    sweeps : dict
+        Sweep id → {"config", "project", "trials", "warnings"}; W&B's own search engine suggests the trials.
+    failure, fails_after : callable, float
+        After so many POST requests, `failure` is called: `fail` (status 500), `hang` (no response) or `stop` (gone).
+    has_no_viewer : bool
+        How a wrong key is refused: with status 200 and ``viewer: null`` instead of status 401.
     """
 
-    def __init__(self, key: str, status: int = 200) -> None:
-        self.key, self.status = key, status
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.status = 200
         self.hanging = False
-        self.knows_no_viewer = False
-        self.posts, self.breaks_after = 0, math.inf
-        self.breaks: Callable[[WandbServer], None] = WandbServer.fail
+        self.has_no_viewer = False
+        self.posts = 0
+        self.fails_after = math.inf
+        self.failure: Callable[[WandbServer], None] = WandbServer.fail
         self.artifacts: list[dict[str, Any]] = []
         self.artifact_files: list[bytes] = []
         self.runs: dict[str, dict[str, Any]] = {}
         self.sweeps: dict[str, dict[str, Any]] = {}
-        self.stopped: set[str] = set()
-        self.queries: list[str] = []
+        self._stopped_runs: set[str] = set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,7 +66,7 @@ class WandbServer:
             daemon_threads = True
 
             def handle_error(self, *_arguments: Any) -> None:
-                pass  # clients may hang up as they like
+                pass  # clients may disconnect at any time
 
         self._http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -72,51 +79,50 @@ class WandbServer:
         self.stop()
 
     def fail(self) -> None:
-        """Answer every request with status 500."""
+        """Respond to every request with status 500."""
         self.status = 500
 
     def hang(self) -> None:
-        """Answer no request."""
+        """Respond to no request."""
         self.hanging = True
 
-    def mend(self) -> None:
-        """Answer again as a server should."""
-        self.status, self.hanging, self.breaks_after = 200, False, math.inf
-
     def stop(self) -> None:
-        """Take no more connections; those that are open fail too."""
+        """Accept no more connections, and fail on those that are open."""
         self.status, self.hanging = 503, False
         self._http.shutdown()
         self._http.server_close()
 
-    def run(self, run_id: str) -> dict[str, Any]:
-        """Return what is kept of a run, made at first mention."""
-        return self.runs.setdefault(run_id, {"history": [], "summary": {}, "files": {}, "config": {}})
+    def repair(self) -> None:
+        """End `fail` or `hang`."""
+        self.status, self.hanging, self.fails_after = 200, False, math.inf
 
     def stop_run(self, run_id: str) -> None:
-        """Tell the run to stop, and the agent that started it."""
-        self.stopped.add(run_id)
+        """Do what the stop button on W&B's page does: tell the run and its agent to stop."""
+        self._stopped_runs.add(run_id)
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        return self.runs.setdefault(run_id, {"history": [], "summary": {}, "files": {}, "config": {}})
 
     def _post(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         self.posts += 1
-        if self.posts > self.breaks_after:
-            self.breaks(self)
+        if self.posts > self.fails_after:
+            self.failure(self)
         while self.hanging:
             time.sleep(0.1)
-        user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
         if self.status != 200:
-            return _answer(request, self.status, {"error": "broken"})
+            return _respond(request, self.status, {"error": "broken"})
+        user = base64.b64decode(request.headers.get("Authorization", "Basic ").split()[-1]).decode()
         if user.partition(":")[2] != self.key:
-            if self.knows_no_viewer:
-                return _answer(request, 200, {"data": {"viewer": None}})
-            return _answer(request, 401, {"error": "unauthorized"})
-        if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path):
-            self._stream(self.run(match[1]), json.loads(body))
-            return _answer(request, 200, {"stopped": match[1] in self.stopped})
-        asked = json.loads(body)
-        self.queries.append(asked["query"])
-        _answer(request, 200, {"data": self._graphql(asked["query"], asked.get("variables") or {})})
+            if self.has_no_viewer:
+                return _respond(request, 200, {"data": {"viewer": None}})
+            return _respond(request, 401, {"error": "unauthorized"})
+        message = json.loads(body)
+        stream = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", request.path)
+        if stream:
+            self._receive_stream(self._run(stream[1]), message)
+            return _respond(request, 200, {"stopped": stream[1] in self._stopped_runs})
+        _respond(request, 200, {"data": self._graphql(message["query"], message.get("variables") or {})})
 
     def _put(self, request: BaseHTTPRequestHandler) -> None:
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
@@ -124,10 +130,10 @@ class WandbServer:
         if run_id == "artifacts":
             self.artifact_files.append(content)
         else:
-            self.run(run_id)["files"][path] = content
-        _answer(request, 200, {})
+            self._run(run_id)["files"][path] = content
+        _respond(request, 200, {})
 
-    def _stream(self, run: dict[str, Any], message: dict[str, Any]) -> None:
+    def _receive_stream(self, run: dict[str, Any], message: dict[str, Any]) -> None:
         for name, part in (message.get("files") or {}).items():
             lines = [json.loads(line) for line in part["content"]] if name.endswith(("json", "jsonl")) else []
             if name == "wandb-history.jsonl":
@@ -138,96 +144,119 @@ class WandbServer:
             run["exit_code"] = message.get("exitcode")
 
     def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """Answer the queries of W&B 0.31's client, recognised by the field that they ask for."""
-        if "upsertBucket" in query:
-            run = self.run(variables["name"])
-            config = json.loads(variables.get("config") or "{}")
-            run["config"] |= {key: value["value"] for key, value in config.items() if key != "_wandb"}
-            names = {"project": "project", "name": "displayName", "group": "groupName", "job_type": "jobType"}
-            names["sweep"] = "sweep"
-            run |= {key: variables.get(sent) or run.get(key) for key, sent in names.items()}
-            project = {"id": "p", "name": run["project"], "entity": {"id": "e", "name": "tester"}}
-            run_id = variables["name"]
-            bucket = {"id": run_id, "name": run_id, "displayName": run["name"], "project": project}
-            return {
-                "upsertBucket": {
-                    "bucket": bucket
-                    | {"historyLineCount": len(self.run(run_id)["history"]), "config": "{}", "sweepName": run["sweep"]},
-                    "inserted": True,
-                }
-            }
-        if "upsertSweep" in query:
-            sweep_id, config, name = uuid.uuid4().hex[:8], yaml.safe_load(variables["config"]), variables["projectName"]
-            warnings = sweeps.schema_violations_from_proposed_config(config)
-            self.sweeps[sweep_id] = {"config": config, "project": name, "trials": {}, "warnings": warnings}
-            project = {"id": "p", "name": name, "entity": {"id": "e", "name": "tester"}}
-            sweep = {"name": sweep_id, "project": project}
-            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": warnings}}
-        if "SweepWithRuns" in query:
-            known = self.sweeps.get(variables["sweep"])
-            found = known and {"config": yaml.dump(known["config"]), "runs": {"edges": []}}
-            return {"project": {"sweep": found}}
-        if "createAgent" in query:
-            return {"createAgent": {"agent": {"id": variables["sweep"]}}}  # so that its heartbeats name the sweep
-        if "agentHeartbeat" in query:
-            commands = self._commands(variables["id"], json.loads(variables["runState"]))
-            return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
-        if "createRunFiles" in query:
-            run_id = variables.get("run") or variables.get("runName")
-            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run_id}/{name}"} for name in variables["files"]]
-            return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
-        if "commitArtifact" in query:
-            return {"commitArtifact": {"artifact": {"id": "a", "digest": "d", "state": "COMMITTED"}}}
-        if "createArtifactManifest" in query or "updateArtifactManifest" in query:
-            file = {"id": "f", "name": "m", "displayName": "m", "uploadHeaders": []}
-            file["uploadUrl"] = f"{self.url}/upload/artifacts/{uuid.uuid4()}"
-            manifest = {"artifactManifest": {"id": "m", "file": file}}
-            return {"createArtifactManifest": manifest, "updateArtifactManifest": manifest}
-        if "createArtifactFiles" in query:
-            nodes = [
-                {
-                    "id": "f",
-                    "name": spec["name"],
-                    "displayName": spec["name"],
-                    "uploadUrl": f"{self.url}/upload/artifacts/{spec['name']}",
-                    "uploadHeaders": [],
-                    "artifact": {"id": "a"},
-                    "storagePath": None,
-                    "uploadMultipartUrls": None,
-                }
-                for spec in variables.get("input", {}).get("artifactFiles") or variables.get("artifactFiles") or []
-            ]
-            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
-        if "createArtifact(" in query:
-            self.artifacts.append(variables.get("input") or variables)
-            sequence = {"id": "s", "latestArtifact": None}
-            artifact = {"id": "a", "digest": "d", "state": "PENDING", "aliases": [], "artifactSequence": sequence}
-            return {"createArtifact": {"artifact": artifact}}
-        if "RunResumeStatus" in query:
-            return {
-                "model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "tester"}} | self._bucket(variables)
-            }
-        entity = {"id": "e", "name": "tester", "isTeam": False}
-        viewer = {"id": "v", "entity": "tester", "username": "tester", "flags": "{}", "teams": {"edges": []}}
+        """Respond to the queries of W&B 0.31's client, recognised by the field that each asks for."""
+        responses: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "upsertBucket": self._upsert_run,
+            "RunResumeStatus": self._resume_status,
+            "createRunFiles": self._create_run_files,
+            "upsertSweep": self._upsert_sweep,
+            "SweepWithRuns": self._find_sweep,
+            "createAgent": lambda variables: {"createAgent": {"agent": {"id": variables["sweep"]}}},
+            "agentHeartbeat": self._heartbeat,
+            "commitArtifact": lambda _: {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}},
+            "ArtifactManifest": self._create_manifest,
+            "createArtifactFiles": self._create_artifact_files,
+            "createArtifact(": self._create_artifact,
+        }
+        for field, respond in responses.items():
+            if field in query:
+                return respond(variables)
         return {
-            "viewer": viewer | {"defaultEntity": entity},
+            "viewer": VIEWER | {"defaultEntity": ENTITY},
             "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None},
             "model": None,
             "project": None,
         }
 
-    def _commands(self, sweep_id: str, running: dict[str, bool]) -> list[dict[str, Any]]:
-        """Tell an agent which of its runs to stop; where it has none, what to run next."""
+    def _upsert_run(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run_id = variables["name"]
+        run = self._run(run_id)
+        config = json.loads(variables.get("config") or "{}")
+        run["config"] |= {name: entry["value"] for name, entry in config.items() if name != "_wandb"}
+        sent_names = {"project": "project", "name": "displayName", "group": "groupName", "job_type": "jobType"}
+        for name, sent_name in (sent_names | {"sweep": "sweep"}).items():
+            run[name] = variables.get(sent_name) or run.get(name)
+        bucket = {
+            "name": run_id,
+            "displayName": run["name"],
+            "project": {"name": run["project"], "entity": ENTITY},
+            "historyLineCount": len(run["history"]),
+            "sweepName": run["sweep"],
+        }
+        return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+
+    def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run_id = variables["name"]
+        model = {"id": "p", "name": "p", "entity": ENTITY, "bucket": None}
+        if run_id in self.runs:
+            run = self.runs[run_id]
+            model["bucket"] = {
+                "name": run_id,
+                "displayName": run["name"],
+                "summaryMetrics": json.dumps(run["summary"]),
+                "logLineCount": 0,
+                "historyLineCount": len(run["history"]),
+                "eventsLineCount": 0,
+                "historyTail": json.dumps([json.dumps(row) for row in run["history"][-1:]]),
+                "eventsTail": "[]",
+                "config": json.dumps({name: {"value": value} for name, value in run["config"].items()}),
+                "wandbConfig": json.dumps({"t": 1}),
+            }
+        return {"model": model}
+
+    def _create_run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run_id = variables.get("run") or variables.get("runName")
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run_id}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
+
+    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append(variables.get("input") or variables)
+        artifact = {"id": "a", "state": "PENDING", "artifactSequence": {"id": "s"}}
+        return {"createArtifact": {"artifact": artifact}}
+
+    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.url}/upload/artifacts/manifest"
+        manifest = {"artifactManifest": {"id": "m", "file": {"uploadUrl": url, "uploadHeaders": []}}}
+        return {"createArtifactManifest": manifest, "updateArtifactManifest": manifest}
+
+    def _create_artifact_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        edges = []
+        for file in variables.get("input", {}).get("artifactFiles") or variables.get("artifactFiles") or []:
+            node = {"name": file["name"], "uploadUrl": f"{self.url}/upload/artifacts/{file['name']}"}
+            edges.append({"node": node | {"uploadHeaders": [], "artifact": {"id": "a"}}})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _upsert_sweep(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sweep_id, project = uuid.uuid4().hex[:8], variables["projectName"]
+        config = yaml.safe_load(variables["config"])
+        warnings = sweeps.schema_violations_from_proposed_config(config)
+        self.sweeps[sweep_id] = {"config": config, "project": project, "trials": {}, "warnings": warnings}
+        sweep = {"name": sweep_id, "project": {"id": "p", "name": project, "entity": ENTITY}}
+        return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": warnings}}
+
+    def _find_sweep(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sweep = self.sweeps.get(variables["sweep"])
+        found = sweep and {"config": yaml.dump(sweep["config"]), "runs": {"edges": []}}
+        return {"project": {"sweep": found}}
+
+    def _heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
+        agent_id = variables["id"]  # which createAgent set to the sweep's id
+        commands = self._next_commands(agent_id, json.loads(variables["runState"]))
+        return {"agentHeartbeat": {"agent": {"id": agent_id}, "commands": json.dumps(commands)}}
+
+    def _next_commands(self, sweep_id: str, running: dict[str, bool]) -> list[dict[str, Any]]:
+        """Return which of its runs an agent must stop; if it has none, which run it must start."""
         if running:
-            return [{"type": "stop", "run_id": run_id} for run_id in running if run_id in self.stopped]
+            return [{"type": "stop", "run_id": run_id} for run_id in running if run_id in self._stopped_runs]
         sweep, run_id = self.sweeps[sweep_id], uuid.uuid4().hex[:8]
-        done = [self._as_the_engine_sees_it(sweep_id, *trial) for trial in sweep["trials"].items()]
+        done = [self._describe_trial(sweep_id, *trial) for trial in sweep["trials"].items()]
         sweep["trials"][run_id] = trial = sweeps.next_run(sweep["config"], done, validate=True)
         return [{"type": "run", "run_id": run_id, "program": sweep["config"]["program"], "args": trial.config}]
 
-    def _as_the_engine_sees_it(self, sweep_id: str, run_id: str, trial: sweeps.SweepRun) -> sweeps.SweepRun:
+    def _describe_trial(self, sweep_id: str, run_id: str, trial: sweeps.SweepRun) -> sweeps.SweepRun:
+        """Return a trial with its results, as the search engine reads it."""
         run = self.runs.get(run_id, {})
-        if run.get("sweep") != sweep_id:  # it never came, or as no part of the sweep
+        if run.get("sweep") != sweep_id:  # it was never sent, or not as a part of the sweep
             return trial.model_copy(update={"state": "crashed"})
         return sweeps.SweepRun(
             state={None: "crashed", 0: "finished"}.get(run.get("exit_code"), "failed"),
@@ -236,31 +265,8 @@ class WandbServer:
             sampledHistory=run["history"],
         )
 
-    def _bucket(self, variables: dict[str, Any]) -> dict[str, Any]:
-        run = self.runs.get(variables["name"])
-        if run is None:
-            return {"bucket": None}
-        config = {key: {"value": value} for key, value in run["config"].items()}
-        return {
-            "bucket": {
-                "id": variables["name"],
-                "name": variables["name"],
-                "displayName": run["name"],
-                "summaryMetrics": json.dumps(run["summary"]),
-                "logLineCount": 0,
-                "historyLineCount": len(run["history"]),
-                "eventsLineCount": 0,
-                "historyTail": json.dumps([json.dumps(row) for row in run["history"][-1:]]),
-                "eventsTail": "[]",
-                "config": json.dumps(config),
-                "tags": [],
-                "notes": None,
-                "wandbConfig": json.dumps({"t": 1}),
-            }
-        }
 
-
-def _answer(request: BaseHTTPRequestHandler, status: int, content: dict[str, Any]) -> None:
+def _respond(request: BaseHTTPRequestHandler, status: int, content: dict[str, Any]) -> None:
     payload = json.dumps(content).encode()
     request.send_response(status)
     request.send_header("Content-Type", "application/json")

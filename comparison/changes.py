@@ -1,0 +1,166 @@
+"""The changes between two runs, and the run that differs least from another."""
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import zip_longest
+
+from comparison.run_reader import FinishedRun, Identity, NetworkRecord, display_path
+from experiment.identity import HYPERPARAMETERS, same_fingerprint
+
+MAX_LAYER_WIDTH = 40  # characters of a layer that was added, removed or replaced
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change between two runs, such as ``MIRROR False → True`` or ``Dropout(p=0.5 → 0.2)``.
+
+    `distance` is how many changes it counts for: 1, or for another network class the number of changed lines.
+    """
+
+    text: str
+    distance: int = 1
+
+
+def changes_between(before: FinishedRun, after: FinishedRun) -> list[Change]:
+    """Return all changes between two runs: constants, threads, PyTorch's version, and the network.
+
+    Of networks of the same class, each changed line of the printed structure is one change.
+    """
+    changes = []
+    for name in (*HYPERPARAMETERS, "device", "precision", "threads", "torch"):
+        old, new = getattr(before.identity, name), getattr(after.identity, name)
+        if old != new:
+            label = name if name in ("threads", "torch") else name.upper()
+            changes.append(Change(f"{label} {old} → {new}"))
+    return changes + _network_changes(before.identity.network, after.identity.network)
+
+
+def _network_changes(before: NetworkRecord, after: NetworkRecord) -> list[Change]:
+    lines = list(_changed_lines(_layers(before.printed), _layers(after.printed)))
+    if before.name != after.name:
+        parameters = f"{before.parameters:,} → {after.parameters:,} parameters"
+        return [Change(f"network {before.name} → {after.name} ({parameters})", distance=max(1, len(lines)))]
+    if lines:
+        return [Change(_layer_change(old, new)) for old, new in lines]
+    if not same_fingerprint(before.fingerprint, after.fingerprint):
+        return [Change("network with the same structure but other outputs")]
+    return []
+
+
+def _layers(printed: str) -> list[str]:
+    """Return the lines of a printed network without the layers' numbers, which shift when a layer is added.
+
+    Lines with only a closing parenthesis are left out.
+    """
+    lines = re.sub(r"(?m)^( *)\(\d+\): ", r"\1", printed).splitlines()
+    return [line for line in lines if line.strip() != ")"]
+
+
+def _changed_lines(before: list[str], after: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each changed line with its replacement; "" stands for a line that one of them does not have."""
+    for kind, start, end, new_start, new_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        for old, new in zip_longest(before[start:end], after[new_start:new_end], fillvalue=""):
+            yield old.strip(), new.strip()
+
+
+def _layer_change(old: str, new: str) -> str:
+    """Return how a layer changed; of the same kind of layer only what differs, as in ``Linear(3136, 256 → 512)``."""
+    if not old:
+        return f"added {_shorten(new)}"
+    if not new:
+        return f"removed {_shorten(old)}"
+    kind, arguments = _split_layer(old)
+    new_kind, new_arguments = _split_layer(new)
+    if kind != new_kind or len(arguments) != len(new_arguments):
+        return f"{_shorten(old)} → {_shorten(new)}"
+    shown = []
+    for argument, new_argument in zip(arguments, new_arguments, strict=True):
+        name, equals, _ = argument.partition("=")
+        if argument != new_argument:
+            shown.append(f"{argument} → {new_argument.removeprefix(name + '=')}")
+        elif not equals:
+            shown.append(argument)
+    return f"{kind}({', '.join(shown)})"
+
+
+def _split_layer(line: str) -> tuple[str, list[str]]:
+    """Return a printed layer's kind and arguments, such as ``Conv2d`` and ``["32", "64", "kernel_size=(3, 3)"]``."""
+    match = re.fullmatch(r"((?:\(\w+\): )?\w+)\((.+)\)", line)
+    if match is None:
+        return line, []
+    return match[1], re.split(r", (?![^(]*\))", match[2])
+
+
+def _shorten(layer: str) -> str:
+    return layer if len(layer) <= MAX_LAYER_WIDTH else f"{layer[: MAX_LAYER_WIDTH - 1]}…"
+
+
+def describe_changes(changes: Sequence[Change], max_width: int, frequency: Mapping[str, int] | None = None) -> str:
+    """Return changes as one string of about `max_width` characters; changes beyond that are counted.
+
+    Parameters
+    ----------
+    changes : sequence of Change
+    max_width : int
+    frequency : mapping of str to int, optional
+        How many runs have each change, by its text. The rarest come first: they distinguish a run from the others.
+    """
+    counts = Counter(change.text for change in changes)
+    texts = list(counts)
+    if frequency is not None:
+        texts.sort(key=lambda text: frequency[text])
+    shown: list[str] = []
+    for text in texts:
+        if counts[text] > 1:
+            text = f"{text}, {counts[text]} times"
+        if shown and len(", ".join([*shown, text])) > max_width:
+            return f"{', '.join(shown)} and {len(texts) - len(shown)} more"
+        shown.append(textwrap.shorten(text, max_width, placeholder=" …"))
+    return ", ".join(shown) or "repetition"
+
+
+def why_not_comparable(before: FinishedRun, after: FinishedRun) -> str | None:
+    """Return why two runs cannot be compared, as one line; None if they can.
+
+    Their folds must consist of the same images, and at least two folds must have a result in both.
+    """
+    if before.identity.images != after.identity.images:
+        reason = _why_other_images(before.identity, after.identity)
+    elif len(before.folds.keys() & after.folds.keys()) < 2:
+        reason = "fewer than two folds have a result in both"
+    else:
+        return None
+    return f"{display_path(after.path)} cannot be compared with {display_path(before.path)}: {reason}."
+
+
+def _why_other_images(before: Identity, after: Identity) -> str:
+    for name in ("dataset", "folds", "rng_seed"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            return f"{name.upper()} is {new}, not {old}, so their folds consist of different images"
+    return "their folds consist of different images: the data set on disk was another one"
+
+
+def comparable(before: FinishedRun, after: FinishedRun) -> bool:
+    """Return whether two runs can be compared."""
+    return why_not_comparable(before, after) is None
+
+
+def nearest_run(run: FinishedRun, runs: Sequence[FinishedRun]) -> FinishedRun | None:
+    """Return the comparable run with the fewest changes, the newest of several; None if there is none.
+
+    Changing one thing at a time therefore always shows what that one thing did, also after an undo.
+    """
+    others = [other for other in runs if other.path != run.path and comparable(other, run)]
+    newest_first = sorted(others, key=lambda other: other.finished, reverse=True)
+    return min(newest_first, key=lambda other: _distance(other, run), default=None)
+
+
+def _distance(before: FinishedRun, after: FinishedRun) -> int:
+    return sum(change.distance for change in changes_between(before, after))

@@ -1,0 +1,87 @@
+"""Forest plots: one row per comparison, with the difference in each fold, their mean and its confidence interval."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from comparison.statistics import SIGNIFICANCE_LEVEL, MetricDifference
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw_panel(
+    panel: "Axes", title: str, differences: Sequence[MetricDifference], labels: Sequence[str], p_values: Sequence[float]
+) -> None:
+    """Draw one row per difference, the first at the top. The marker of the mean is filled where it is significant."""
+    from experiment.plots import BLUE, ORANGE
+
+    rows = np.arange(len(differences))
+    for row in rows[1::2]:
+        panel.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)  # guides the eye to the label
+    panel.axvline(0, color="black", linewidth=1)
+    for row, difference in zip(rows, differences, strict=True):
+        in_folds = difference.per_fold
+        panel.plot(in_folds, [row + 0.2] * len(in_folds), "o", color=BLUE, alpha=0.6, markersize=4)
+    means = [difference.mean for difference in differences]
+    half_widths = [difference.ci_half_width for difference in differences]
+    panel.errorbar(means, rows - 0.15, xerr=half_widths, fmt="none", color=ORANGE, capsize=3)
+    fills = [ORANGE if p < SIGNIFICANCE_LEVEL else "white" for p in p_values]
+    panel.scatter(means, rows - 0.15, s=30, marker="D", facecolors=fills, edgecolors=ORANGE, zorder=3)
+    _limit_axis(panel, differences)
+    panel.set_title(title, fontsize=10)
+    panel.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    panel.set_xlabel("difference", fontsize=9)
+    panel.locator_params(axis="x", nbins=6)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="x", alpha=0.3)
+    left, right = ("better", "worse") if differences[0].metric == "loss" else ("worse", "better")
+    panel.text(0.01, 1.01, f"← {left}", transform=panel.transAxes, ha="left", va="bottom", fontsize=9)
+    panel.text(0.99, 1.01, f"{right} →", transform=panel.transAxes, ha="right", va="bottom", fontsize=9)
+
+
+def _limit_axis(panel: "Axes", differences: Sequence[MetricDifference]) -> None:
+    """Set the limits of the axis, with 0 in the middle.
+
+    Rows that extend ten times as far as the median row are cut off at the edge, with an arrow and their mean: one run
+    with a very bad result must not squeeze all others onto 0.
+    """
+    from experiment.plots import ORANGE
+
+    extents = sorted(difference.max_extent for difference in differences if difference.max_extent > 0) or [0.001]
+    median = extents[(len(extents) - 1) // 2]
+    limit = 1.08 * max(extent for extent in extents if extent <= 10 * median)
+    panel.set_xlim(-limit, limit)
+    for row, difference in enumerate(differences):
+        if difference.max_extent <= limit:
+            continue
+        at_left = difference.mean < 0
+        number = f"{abs(difference.mean):.2g} ± {difference.standard_error:.1g}"
+        panel.text(
+            -0.98 * limit if at_left else 0.98 * limit,
+            row - 0.15,
+            f"← −{number}" if at_left else f"+{number} →",
+            ha="left" if at_left else "right",
+            va="center",
+            fontsize=8,
+            color=ORANGE,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+
+
+def add_title(figure: "Figure", title: str) -> None:
+    """Add the title of a figure and the legend of its panels."""
+    from matplotlib.lines import Line2D
+
+    from experiment.plots import BLUE, ORANGE
+
+    fold = Line2D([], [], marker="o", linestyle="none", color=BLUE, alpha=0.6, label="difference in a fold")
+    mean = Line2D([], [], marker="D", color=ORANGE, label="mean and 95 % confidence interval")
+    not_significant = "not significant (p ≥ 0.05, corrected for the number of rows)"
+    empty = Line2D([], [], marker="D", color=ORANGE, markerfacecolor="white", label=not_significant)
+    figure.legend(handles=[fold, mean, empty], ncols=3, fontsize=8, frameon=False, loc="outside lower center")
+    figure.suptitle(title, fontsize=11, parse_math=False)

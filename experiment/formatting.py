@@ -1,0 +1,24 @@
+"""How durations, class names and sentences look in messages, tables and plots."""
+
+import textwrap
+
+WIDTH = 80  # columns of the terminal
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as ``42 s``, ``3:05`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def display_name(class_name: str) -> str:
+    """Return the name of a class; a digit becomes ``class 3``, so that nobody reads it as a metric."""
+    return f"class {class_name}" if class_name.isdigit() else class_name
+
+
+def wrap(sentence: str) -> str:
+    """Return a sentence in lines of at most 80 columns."""
+    return textwrap.fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)

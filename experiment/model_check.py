@@ -1,0 +1,184 @@
+"""The check of the user's network before training, and the record that tells it apart from other networks."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiment.errors import ConfigurationError, end_traceback_at_user_code
+from experiment.identity import same_fingerprint
+from experiment.terminal import warn
+from train_utils import build_network, isolated_rng, make_optimizer, train_loop
+
+CLASSES = 10
+FINGERPRINT_IMAGES = 4
+FINGERPRINT_SEED = 0
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What config.json records of a network.
+
+    Attributes
+    ----------
+    name : str
+        The name of its class.
+    printed : str
+        Its structure as PyTorch prints it, without memory addresses.
+    parameters : int
+        The number of trainable parameters.
+    fingerprint : list of float
+        The logits of a few fixed random images, in training and in evaluation mode, of the network built from a fixed
+        seed. It shows what source code does not: a helper function, a constant, an initialisation.
+    """
+
+    name: str
+    printed: str
+    parameters: int
+    fingerprint: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON stores it."""
+        return asdict(self)
+
+
+def check_model(model_class: Callable[[], nn.Module], device: str, precision: str) -> ModelSummary:
+    """Build a network twice, train it for one step, evaluate it, and describe it.
+
+    Parameters
+    ----------
+    model_class : callable
+        Returns the network; takes no arguments.
+    device, precision : str
+        Where and in what the training step is computed.
+
+    Raises
+    ------
+    ConfigurationError
+        If it cannot be built without arguments, shares parameters with a second network that is built, does not return
+        logits (N, 10), or has no trainable parameters.
+    Exception
+        What the network itself raises, with the user's own line as the last one of the traceback.
+    """
+    _check_callable(model_class)
+    try:
+        with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
+            first = build_network(model_class, CPU)
+            name = type(first).__name__
+            outputs = _fingerprint_outputs(first)
+            for logits in outputs:
+                _check_logits(first, logits, FINGERPRINT_IMAGES)
+            second = build_network(model_class, CPU)
+            _check_parameters(name, first, second)
+            _train_and_evaluate(second.to(device), torch.device(device), getattr(torch, precision))
+    except Exception as error:  # whatever the network raises
+        end_traceback_at_user_code(error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
+        raise
+    _warn_of_probabilities(name, outputs[1])
+    parameters = sum(parameter.numel() for parameter in first.parameters() if parameter.requires_grad)
+    return ModelSummary(name, _printed(first), parameters, _fingerprint(outputs))
+
+
+def is_same_network(recorded: dict[str, Any], model_class: Callable[[], nn.Module]) -> bool:
+    """Return whether a class builds the network that was recorded in config.json; it may have another name."""
+    with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, CPU):
+        network = build_network(model_class, CPU)
+        outputs = _fingerprint_outputs(network)
+    same_structure = recorded["printed"].partition("(")[2] == _printed(network).partition("(")[2]
+    return same_structure and same_fingerprint(recorded["fingerprint"], _fingerprint(outputs))
+
+
+def _check_callable(model_class: Callable[[], nn.Module]) -> None:
+    if isinstance(model_class, nn.Module):
+        name = type(model_class).__name__
+        raise ConfigurationError(
+            f"the network must be a class, or a function that builds it, got a {name} that is already built: each fit "
+            f"needs a new one, as in run_experiment({name}, …). Remove the parentheses behind it"
+        )
+    try:
+        inspect.signature(model_class).bind()
+    except ValueError:  # some callables written in C have no signature
+        pass
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the network must be built without arguments: {error}. functools.partial(Net, width=32) gives a class its "
+            "arguments"
+        ) from None
+
+
+def _check_logits(network: nn.Module, logits: Any, images: int) -> None:
+    """Raise unless a network returned logits (N, 10) for that number of images."""
+    name = type(network).__name__
+    if not isinstance(logits, Tensor):
+        raise ConfigurationError(f"{name} must return logits (N, {CLASSES}), got {type(logits).__name__}")
+    if logits.shape != (images, CLASSES):
+        advice = " for a single image: is there a squeeze()?" if images == 1 else ""
+        raise ConfigurationError(f"{name} must return logits (N, {CLASSES}), got {tuple(logits.shape)}{advice}")
+
+
+def _check_parameters(name: str, first: nn.Module, second: nn.Module) -> None:
+    """Check that there is something to train, and that it is not the same in two networks."""
+    addresses = [
+        {parameter.data_ptr() for parameter in network.parameters() if parameter.requires_grad and parameter.numel()}
+        for network in (first, second)
+    ]
+    if not addresses[0]:
+        raise ConfigurationError(f"{name} must have trainable parameters, got none")
+    if addresses[0] & addresses[1]:
+        raise ConfigurationError(
+            f"{name} shares parameters with a second network that is built, so each fit would continue from the last "
+            "one: create all layers in the function that returns the network"
+        )
+
+
+def _train_and_evaluate(network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+    """Take one training step on two images and evaluate one image, as the last batch may have only one."""
+    images, labels = _random_images(2).to(device), torch.zeros(2, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        logits = network.train()(images)
+    _check_logits(network, logits, len(images))
+    if not logits.requires_grad:
+        raise ConfigurationError(
+            f"{type(network).__name__} returns logits without a gradient: look for torch.no_grad(), .detach(), .item() "
+            "or numpy in its forward"
+        )
+    nn.CrossEntropyLoss()(logits.float(), labels).backward()
+    make_optimizer(network, learning_rate=1e-3).step()
+    # Batch norm without running statistics cannot evaluate a single image and raises a ValueError.
+    single = None
+    with torch.no_grad(), contextlib.suppress(ValueError):
+        single = network.eval()(images[:1])
+    if single is not None:
+        _check_logits(network, single, 1)
+
+
+def _warn_of_probabilities(name: str, outputs: Tensor) -> None:
+    """Warn if a network ends in a softmax: the loss applies its own, so it would train badly and without an error."""
+    sums = outputs.float().sum(1)  # the network may compute in another precision
+    if (outputs >= 0).all() and torch.allclose(sums, torch.ones(len(sums)), atol=0.02):
+        warn(f"{name} returns probabilities (rows that sum to 1), not logits: remove the softmax.")
+
+
+def _printed(network: nn.Module) -> str:
+    """Return the structure of a network as PyTorch prints it, without memory addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(network))
+
+
+def _fingerprint_outputs(network: nn.Module) -> list[Tensor]:
+    """Return what a network returns for the fixed images in training mode, then in evaluation mode."""
+    return [network.train(training)(_random_images(FINGERPRINT_IMAGES)) for training in (True, False)]
+
+
+def _fingerprint(outputs: list[Tensor]) -> list[float]:
+    finite = torch.cat(outputs).detach().flatten().double().nan_to_num()  # JSON has neither NaN nor infinity
+    return [float(f"{value:.7g}") for value in finite.tolist()]
+
+
+def _random_images(count: int) -> Tensor:
+    return torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(FINGERPRINT_SEED))

@@ -1,0 +1,198 @@
+"""The figures of a run, as PNG files; they need no display."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiment.errors import nonfatal
+from experiment.formatting import display_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from experiment.results import ExperimentResult, FitResult, History, Mistake
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
+LOG_SCALE_RATIO = 20  # ratio of the largest to the smallest loss above which the axis is logarithmic
+MAX_DRAWING_SHARE = 0.01  # of the training time
+
+
+def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
+    """Return the figures of a run as PNG files, by file name."""
+    return {name: png_bytes(figure) for name, figure in make_figures(result).items()}
+
+
+def make_figures(result: ExperimentResult) -> dict[str, Figure]:
+    """Return the figures of a run, by file name.
+
+    The learning curves need at least one fold that did not diverge, the other figures need the final fit.
+    """
+    figures = {}
+    if result.folds:
+        histories = {fold.name: fold.history for fold in result.folds}
+        if result.final:
+            histories["final"] = result.final.history
+        figures["learning_curves.png"] = draw_learning_curves(histories)
+    if result.final:
+        figures["per_class.png"] = _draw_f1_per_class(result.folds, result.final)
+        figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
+        figures["mistakes.png"] = _draw_mistakes(result.mistakes)
+    return figures
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_bytes(figure: Figure, dpi: float = 110) -> bytes:
+    """Return a figure as a PNG file."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    return png.getvalue()
+
+
+class GrowingCurves:
+    """Redraws learning_curves.png during training, as often as at most 1 % of the time allows.
+
+    Parameters
+    ----------
+    save : callable
+        Saves a file, given its name and its bytes.
+    """
+
+    def __init__(self, save: Callable[[str, bytes], None]) -> None:
+        self._save = save
+        self._started = time.monotonic()
+        self._total_seconds = 0.0  # spent on drawing
+        self._last_seconds = 1.0  # of the last drawing; before the first, about what importing matplotlib takes
+
+    def draw(self, histories: dict[str, History]) -> None:
+        """Draw the epochs that are done, if that takes no more than its share of the time."""
+        begin = time.monotonic()
+        if self._total_seconds + self._last_seconds > MAX_DRAWING_SHARE * (begin - self._started):
+            return
+        with nonfatal("learning_curves.png during training"):
+            self._save("learning_curves.png", png_bytes(draw_learning_curves(histories)))
+        self._last_seconds = time.monotonic() - begin
+        self._total_seconds += self._last_seconds
+
+
+def draw_learning_curves(histories: dict[str, History]) -> Figure:
+    """Draw loss and accuracy after each epoch: thin curves for the folds, thick ones for their mean.
+
+    Parameters
+    ----------
+    histories : dict
+        The history of each fold, at least one epoch long, and that of "final" if it has one. Folds may be of different
+        length; the mean ends with the shortest.
+    """
+    figure = new_figure(11, 4.8)
+    loss, accuracy = figure.subplots(1, 2)
+    _draw_metric(loss, histories, "loss", "mean cross-entropy per image")
+    _draw_metric(accuracy, histories, "accuracy", "fraction of images")
+    _use_log_scale_if_wide(loss)
+    figure.legend(*loss.get_legend_handles_labels(), ncols=4, loc="outside lower center")
+    return figure
+
+
+def _draw_metric(panel: Axes, histories: dict[str, History], metric: str, unit: str) -> None:
+    folds = [history for name, history in histories.items() if name != "final"]
+    common_epochs = min(len(history) for history in folds)
+    fold_label = "each fold"
+    for part, color, mean_label in (
+        ("train", BLUE, "mean: training (measured during the epoch)"),
+        ("validation", ORANGE, "mean: validation (images held out)"),
+    ):
+        curves = [[epoch[f"{part}/{metric}"] for epoch in history] for history in folds]
+        for curve in curves:
+            epochs = range(1, len(curve) + 1)
+            panel.plot(epochs, curve, color=color, label=fold_label, linewidth=0.9, alpha=0.45, marker=".")
+            fold_label = None  # one entry in the legend
+        mean = np.mean([curve[:common_epochs] for curve in curves], axis=0)
+        epochs = range(1, common_epochs + 1)
+        panel.plot(epochs, mean, color=color, label=mean_label, linewidth=2.5, marker="o", markersize=5)
+    final = [epoch[f"train/{metric}"] for epoch in histories.get("final", [])]
+    if final:
+        label = "final fit: training on all images"
+        panel.plot(range(1, len(final) + 1), final, "k--", label=label, linewidth=1.3, marker=".")
+    panel.set(title=metric, xlabel="epoch", ylabel=f"{metric} ({unit})")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    if max(len(history) for history in histories.values()) == 1:
+        panel.set(xlim=(0.5, 1.5), xticks=[1])
+
+
+def _use_log_scale_if_wide(panel: Axes) -> None:
+    """Use a logarithmic scale if a linear one would not show the smallest losses."""
+    losses = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.get_lines()])
+    finite = losses[np.isfinite(losses)]
+    if finite.size and 0 < LOG_SCALE_RATIO * finite.min() < finite.max():
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_f1_per_class(folds: list[FitResult], final: FitResult) -> Figure:
+    classes = sorted(final.classes, key=lambda name: final.report[name]["f1-score"])
+    figure = new_figure(8, 1.5 + 0.4 * len(classes))
+    panel = figure.subplots()
+    for row, name in enumerate(classes):
+        fold_label = "each fold, on the images held out" if row == 0 else None  # one entry in the legend
+        test_label = "final, on the test images" if row == 0 else None
+        fold_scores = [fold.report[name]["f1-score"] for fold in folds]
+        test_score = final.report[name]["f1-score"]
+        panel.plot(fold_scores, [row] * len(folds), "o-", color=BLUE, label=fold_label, alpha=0.6, markersize=5)
+        panel.plot(test_score, row, "D", color=ORANGE, label=test_label, markersize=8)
+        above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+        panel.annotate(f"{test_score:.3f}", (test_score, row), fontsize=8, **above)
+    panel.set_yticks(range(len(classes)), [display_name(name) for name in classes])
+    panel.set(ylim=(-0.6, len(classes) - 0.3), title="F1 score of each class")
+    panel.set(xlabel="F1 score (1 is best)", ylabel="class")
+    panel.grid(alpha=0.3)
+    figure.legend(*panel.get_legend_handles_labels(), ncols=2, loc="outside lower center")
+    return figure
+
+
+def _draw_confusion_matrix(final: FitResult) -> Figure:
+    counts = np.array(final.confusion)
+    images_per_class = counts.sum(1, keepdims=True).clip(min=1)  # 1 avoids 0/0 for a class without test images
+    percentages = 100 * counts / images_per_class
+    figure = new_figure(10, 9)
+    panel = figure.subplots()
+    image = panel.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            percentage = percentages[row, column]
+            color = "white" if percentage > 50 else "black"
+            cell = f"{count}\n{percentage:.1f} %"
+            panel.text(column, row, cell, color=color, ha="center", va="center", fontsize=8)
+    names = [display_name(name) for name in final.classes]
+    panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    panel.set_yticks(range(len(names)), names)
+    panel.set(xlabel="predicted class", ylabel="true class")
+    panel.set_title("Confusion matrix: numbers of test images, and percentages of the true class")
+    figure.colorbar(image, label="percentage of the true class", shrink=0.8)
+    return figure
+
+
+def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
+    columns = 6
+    rows = max(1, -(-len(mistakes) // columns))  # rounded up
+    figure = new_figure(11, 0.8 + 2.3 * rows)
+    figure.suptitle("Most confident mistakes on the test images" if mistakes else "No mistakes on the test images")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, mistake in zip(figure.axes, mistakes, strict=False):
+        panel.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        true, predicted = display_name(mistake.true), display_name(mistake.predicted)
+        panel.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)", fontsize=8)
+    return figure

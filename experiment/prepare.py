@@ -1,0 +1,244 @@
+"""Everything that is known before training starts: data, checked network, fits, identity, and where it is computed."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from torch import nn
+
+from data_files import load_dataset, resolve_path
+from data_utils import Dataset, pixel_statistics
+from experiment.errors import ConfigurationError
+from experiment.executors import external_name, pickle_by_value, uses_other_processes
+from experiment.formatting import wrap
+from experiment.identity import HYPERPARAMETERS
+from experiment.model_check import ModelSummary, check_model
+from experiment.resources import Resources, resolve_resources
+from experiment.settings import TrainingConfig
+from experiment.terminal import print_line
+from experiment.wandb_key import WandbAccess, resolve_wandb_access
+from train_utils import Fit
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to be trained.
+
+    Attributes
+    ----------
+    config : TrainingConfig
+    resources : Resources
+    executor_name : str or None
+        The class of the executor that the caller passed in, if any.
+    model : ModelSummary
+    dataset : Dataset
+    fits : list of Fit
+        The final fit, then the folds.
+    identity : dict
+        What the results depend on, as config.json stores it.
+    environment : dict
+        Time, machine and versions: what two runs of the same identity may differ in.
+    wandb : WandbAccess
+    started : float
+        `time.monotonic()` at the start.
+    """
+
+    config: TrainingConfig
+    resources: Resources
+    executor_name: str | None
+    model: ModelSummary
+    dataset: Dataset
+    fits: list[Fit]
+    identity: dict[str, Any]
+    environment: dict[str, Any]
+    wandb: WandbAccess
+    started: float
+
+    @property
+    def config_record(self) -> dict[str, Any]:
+        """The settings and the identity for config.json, and the normalization of pictures for `classify`."""
+        mean, std = pixel_statistics(self.dataset.train_images)
+        normalization = {"mean": mean, "std": std, "class_names": self.dataset.class_names}
+        return self.config.to_dict() | {"normalization": normalization, "identity": self.identity}
+
+    @property
+    def logged_config(self) -> dict[str, Any]:
+        """The settings, the printed network and the environment, for W&B."""
+        return self.config.to_dict() | {"model": self.model.printed, "environment": self.environment}
+
+
+def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: Executor) -> Experiment:
+    """Check the network, load the data, and describe the run; print in one sentence what will be trained.
+
+    Raises
+    ------
+    ConfigurationError
+        If the network or a setting cannot be used.
+    data_files.DatasetError
+        If the data set cannot be loaded.
+    Exception
+        What the network itself raises.
+    """
+    started = time.monotonic()
+    wandb = resolve_wandb_access(config)
+    resources = resolve_resources(config)
+    model = check_model(model_class, resources.device, resources.precision)
+    factory = _sendable(model_class) if uses_other_processes(pool) else model_class
+    executor_name = external_name(pool)
+    print_line(wrap(_describe_plan(config, resources, executor_name, model)))
+    dataset = load_dataset(config.dataset, resolve_path(config.data_dir))
+    fits = make_fits(config, resources, factory, dataset)
+    return Experiment(
+        config=config,
+        resources=resources,
+        executor_name=executor_name,
+        model=model,
+        dataset=dataset,
+        fits=fits,
+        identity=make_identity(config, resources, fits, model),
+        environment=_describe_environment(resources, executor_name),
+        wandb=wandb,
+        started=started,
+    )
+
+
+def _sendable(model_class: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return the network's class or function as other processes can call it."""
+    try:
+        return pickle_by_value(model_class)
+    except Exception as error:  # cloudpickle raises many types
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigurationError(
+            f"the network cannot be sent to other processes: {reason}. Create what it needs in its own __init__, or "
+            "set WORKERS = 1"
+        ) from None
+
+
+def make_fits(
+    config: TrainingConfig, resources: Resources, model_class: Callable[[], nn.Module], dataset: Dataset
+) -> list[Fit]:
+    """Return the final fit, which takes longest, and the folds.
+
+    Raises
+    ------
+    ConfigurationError
+        If the data set has too few images of a class for that many folds, or too few at all; or if the schedule needs
+        more steps than there are.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    _check_folds(dataset, config.folds)
+    _check_steps(config, len(dataset.train_labels))
+    final = Fit(
+        name="final",
+        number=0,
+        model_class=model_class,
+        dataset=config.dataset,
+        data_dir=str(config.data_dir),
+        data_digest=dataset.digest(),
+        held_out_mask=None,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_schedule=config.lr_schedule,
+        mirror=config.mirror,
+        rng_seed=config.rng_seed,
+        device=resources.device,
+        precision=resources.precision,
+        threads=resources.threads,
+    )
+    folds = []
+    labels = dataset.train_labels.numpy()
+    splitter = StratifiedKFold(config.folds, shuffle=True, random_state=config.rng_seed)
+    for number, (_, held_out) in enumerate(splitter.split(labels, labels), start=1):
+        mask = np.zeros(len(labels), dtype=bool)
+        mask[held_out] = True
+        folds.append(replace(final, name=f"fold-{number}", number=number, held_out_mask=mask.tobytes()))
+    return [final, *folds]
+
+
+def _check_folds(dataset: Dataset, folds: int) -> None:
+    labels, counts = dataset.train_labels.unique(return_counts=True)
+    smallest = int(counts.argmin())
+    max_folds = int(counts[smallest])  # an int: tensors cannot be compared with integers beyond 64 bits
+    if folds > max_folds:
+        name = dataset.class_names[labels[smallest]]
+        raise ConfigurationError(
+            f"FOLDS must be at most {max_folds}, the training images of the smallest class ({name}), got {folds}"
+        )
+    images = len(dataset.train_labels)
+    if images - _largest_fold(images, folds) < 2:
+        raise ConfigurationError(
+            f"FOLDS must leave at least 2 images to train on, but with {folds} folds of {images} images it leaves 1"
+        )
+
+
+def _largest_fold(images: int, folds: int) -> int:
+    return -(-images // folds)  # rounded up
+
+
+def _check_steps(config: TrainingConfig, images: int) -> None:
+    trained_on = images - _largest_fold(images, config.folds)
+    full_batches, rest = divmod(trained_on, min(config.batch_size, trained_on))
+    batches = full_batches + 1 if rest > 1 else full_batches
+    if config.lr_schedule == "one_cycle" and config.epochs * batches < 2:
+        raise ConfigurationError(
+            f'LR_SCHEDULE "one_cycle" needs at least two steps, but {trained_on} images in batches of '
+            f"{config.batch_size} are one step. Reduce BATCH_SIZE, increase EPOCHS or use another LR_SCHEDULE"
+        )
+
+
+def make_identity(
+    config: TrainingConfig, resources: Resources, fits: list[Fit], model: ModelSummary
+) -> dict[str, Any]:
+    """Return everything that the results of a run depend on, for config.json."""
+    return {name: getattr(config, name) for name in HYPERPARAMETERS} | {
+        "device": resources.device,
+        "precision": resources.precision,
+        "threads": resources.threads,
+        "torch": str(torch.__version__),
+        "images": _digest_of_folds(fits),
+        "network": model.to_dict(),
+    }
+
+
+def _digest_of_folds(fits: list[Fit]) -> str:
+    """Return a digest of the images that each fold holds out: if it is equal, two runs can be compared."""
+    sha = hashlib.sha256(fits[0].data_digest.encode())
+    for fit in fits:
+        sha.update(fit.name.encode() + (fit.held_out_mask or b""))
+    return sha.hexdigest()
+
+
+def _describe_plan(
+    config: TrainingConfig, resources: Resources, executor_name: str | None, model: ModelSummary
+) -> str:
+    """Return in one sentence what will be trained."""
+    where = f"by {executor_name}" if executor_name else f"{resources.workers} at a time"
+    epochs = "epoch" if config.epochs == 1 else "epochs"
+    return (
+        f"{model.name}, {model.parameters:,} parameters, on {config.dataset}: {config.folds} folds and a final fit, "
+        f"{config.epochs} {epochs} each, on {resources.device} in {resources.precision}, {where}."
+    )
+
+
+def _describe_environment(resources: Resources, executor_name: str | None) -> dict[str, Any]:
+    packages = ("torch", "torchvision", "scikit-learn", "wandb", "numpy")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {joblib.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "device": resources.device,
+        "precision": resources.precision,
+        "threads_per_fit": resources.threads,
+        "workers": executor_name or resources.workers,
+    }

@@ -1,0 +1,202 @@
+"""Several runs compared with a baseline: the text and the figure."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_runs import BASE, BETTER, NOISE, PRINTED, make_run
+
+from comparison.overview import overview_of, overview_of_all
+from comparison.run_reader import FinishedRun, read_run, read_runs
+from experiment.errors import ConfigurationError
+
+CONVOLUTION = PRINTED.replace("ReLU()", "Conv2d(32, 64, kernel_size=(3, 3), stride=(1, 1), bias=False)")
+LONG_NAME = "ConvolutionalNeuralNetwork"
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"mirror": True},
+    {"epochs": 3},
+    {"network": {"printed": CONVOLUTION}},
+    {"network": {"name": LONG_NAME, "printed": f"{LONG_NAME}()", "parameters": 893546}},
+    {"network": {"fingerprint": [1.0, 2.0, 3.0]}},
+    {"batch_size": 16, "learning_rate": 0.003, "lr_schedule": "one_cycle", "precision": "bfloat16", "threads": 2},
+    {},
+    {"torch": "2.15.0+cu130"},
+    {"device": "cuda"},
+]
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "runs" / "before")
+
+
+@pytest.fixture
+def ten_runs(tmp_path: Path) -> list[FinishedRun]:
+    """Return ten runs, the oldest first: the third is much better than the first, the eighth is its repetition."""
+    rng = np.random.default_rng(0)
+    for number, change in enumerate(CHANGES):
+        noise = rng.normal(0, 0.001, 5) if change else np.zeros(5)
+        accuracies = BETTER + 0.03 if number == 2 else BASE + noise
+        make_run(tmp_path / "runs" / f"{LONG_NAME}-20261126-18{30 + number}07", accuracies, minutes=number, **change)
+    return read_runs(tmp_path / "runs")[0][::-1]
+
+
+def rows_of(text: str) -> list[str]:
+    """Return the first line of each row of an overview."""
+    return [line for line in text.splitlines() if re.match(r"[* ] \d\d \w{3} +\d\.\d{4} ", line)]
+
+
+def test_overview_of_hand_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs_dir, linear = tmp_path / "runs", PRINTED.replace("ReLU()", "Identity()")
+    make_run(runs_dir / "N-20261126-183000")
+    make_run(runs_dir / "N-20261126-183100", BETTER, minutes=1, mirror=True)
+    make_run(runs_dir / "N-20261126-183200", NOISE, minutes=2, epochs=3, network={"printed": linear})
+    make_run(runs_dir / "N-20261126-183300", BASE + 0.01, minutes=3, learning_rate=0.01)
+    make_run(runs_dir / "N-20261126-183400", minutes=4, resumed=True)
+    make_run(runs_dir / "renamed", [*NOISE[:3], np.nan, np.nan], minutes=5, batch_size=16)
+    assert overview_of_all(Path("runs")).text.splitlines() == [
+        "Baseline: runs/N-20261126-183000",
+        "  the oldest of 6 comparable runs in runs; FashionMNIST, 5 folds, RNG_SEED 314",
+        "",
+        "        accuracy      change           p    loss      change           p    took",
+        "* 26 Nov  0.9332 +0.0100 ± 0.0000      –  0.0668 −0.0100 ± 0.0000      –    42 s",
+        "  18:33 LEARNING_RATE 0.001 → 0.01",
+        "  26 Nov  0.9322 +0.0090 ± 0.0011 0.0032  0.0678 −0.0090 ± 0.0011 0.0032    42 s",
+        "  18:31 MIRROR False → True: accuracy better, loss better",
+        "  26 Nov  0.9234 +0.0002 ± 0.0017      1  0.0766 −0.0002 ± 0.0017      1    42 s",
+        "  18:32 EPOCHS 10 → 3, ReLU() → Identity()",
+        "  26 Nov  0.9232                          0.0768                            42 s",
+        "  18:30 baseline",
+        "  26 Nov  0.9232    identical             0.0768    identical              >42 s",
+        "  18:34 repetition",
+        "  26 Nov  0.9217 +0.0000 ± 0.0020      1  0.0783 +0.0000 ± 0.0020      1    42 s",
+        "  18:35 runs/renamed: BATCH_SIZE 64 → 16 (fold-4, fold-5 diverged)",
+        "",
+        "* marks the highest accuracy. ± is the standard error. p is corrected for 3",
+        "comparisons per metric (Holm). > is the time since a run was resumed.",
+    ]
+
+
+def test_overview_without_a_choice_shows_what_the_runs_have_in_common(before: Path) -> None:
+    after = make_run(before.parent / "after", BETTER, mirror=True)
+    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    assert lines[1] == "  FashionMNIST, 5 folds, RNG_SEED 314"
+
+
+def test_rows_are_sorted_by_accuracy_and_the_best_is_marked(ten_runs: list[FinishedRun]) -> None:
+    rows = rows_of(overview_of(ten_runs[0], ten_runs[1:]).text)
+    accuracies = [float(row[8:16]) for row in rows]
+    assert len(rows) == 10 and accuracies == sorted(accuracies, reverse=True)
+    assert [row[0] for row in rows] == ["*", *[" "] * 9]
+
+
+def test_p_is_corrected_for_all_comparisons_but_the_repetition(ten_runs: list[FinishedRun]) -> None:
+    overview = overview_of(ten_runs[0], ten_runs[1:])
+    best = overview.rows[0]
+    assert best.comparison is not None
+    assert best.p["accuracy"] == pytest.approx(8 * best.comparison.metrics["accuracy"].p)
+    assert "p is corrected for 8 comparisons per metric (Holm)" in overview.text.replace("\n", " ")
+    assert rows_of(overview.text)[0].split()[4:8] == ["+0.0390", "±", "0.0011", "<0.001"]
+
+
+def test_single_comparison_is_not_corrected(ten_runs: list[FinishedRun]) -> None:
+    assert "corrected" not in overview_of(ten_runs[0], ten_runs[1:2]).text
+
+
+def test_what_few_rows_share_comes_first(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"epochs": 3, "batch_size": 32}
+    paths = [
+        make_run(tmp_path / "first"),
+        make_run(tmp_path / "second", NOISE, **shared),
+        make_run(tmp_path / "third", BETTER, **shared, learning_rate=0.01),
+    ]
+    first, *others = [read_run(path) for path in paths]
+    text = " ".join(overview_of(first, others).text.split())
+    assert "second: EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
+    assert "third: LEARNING_RATE 0.001 → 0.01, EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
+
+
+def test_changes_that_do_not_fit_are_counted(before: Path, tmp_path: Path) -> None:
+    layers = PRINTED.replace("ReLU()", "Tanh()").replace("Linear", "LazyLinear")
+    after = make_run(tmp_path / "N-20261126-183100", NOISE, **CHANGES[6], mirror=True, network={"printed": layers})
+    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    assert lines[5:7] == [
+        "  18:30 BATCH_SIZE 64 → 16, LEARNING_RATE 0.001 → 0.003, LR_SCHEDULE constant →",
+        "        one_cycle, MIRROR False → True and 5 more",
+    ]
+
+
+def test_lines_have_at_most_80_columns(ten_runs: list[FinishedRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ten_runs[0].path.parents[1])
+    text = overview_of(ten_runs[0], ten_runs[1:], "the oldest of 10 runs in runs", ["a note " * 20]).text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_very_large_loss_leaves_the_columns_apart(before: Path, tmp_path: Path) -> None:
+    diverged = read_run(make_run(tmp_path / "after", NOISE - 0.8, losses=[0, 1000, 2000, 3000, 4000]))
+    assert " 2000.0 +1999.9 ± 1060.7   0.13    42 s\n" in overview_of(read_run(before), [diverged]).text
+
+
+def test_runs_that_are_not_comparable_are_refused_one_line_each(before: Path, tmp_path: Path) -> None:
+    others = [read_run(make_run(tmp_path / name, images=name)) for name in ("one", "two")]
+    with pytest.raises(ConfigurationError, match="^[^\n]*one cannot be compared[^\n]*\n[^\n]*two cannot be [^\n]*$"):
+        overview_of(read_run(before), others)
+
+
+def test_two_folds_are_enough(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", [*BASE[:2], np.nan, np.nan, np.nan])
+    make_run(tmp_path / "new", minutes=1)
+    text = overview_of_all(tmp_path).text
+    assert len(rows_of(text)) == 2 and "Not shown" not in text
+
+
+def test_runs_that_are_not_shown_are_counted(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(before.parents[1])
+    make_run(before.parent / "after", BETTER, minutes=9)
+    for number, dataset in enumerate(("KMNIST", "MNIST", "KMNIST")):
+        make_run(before.parent / f"{number}", minutes=number, images="77", dataset=dataset)
+        (make_run(before.parent / f"unfinished-{number}") / "results.json").unlink()
+    make_run(before.parent / "diverged", [0.9, *[np.nan] * 4], minutes=10)
+    notes = " ".join(overview_of_all(Path("runs")).text.split()).partition(" Not shown: ")[2].split(" Not shown: ")
+    assert notes == [
+        "3 runs, for example: runs/unfinished-0 is unfinished: it has no results.json.",
+        "1 run in which fewer than two folds have a result.",
+        "runs whose folds consist of different images (2 on KMNIST, 1 on MNIST). Name runs to compare them.",
+    ]
+
+
+def test_folder_without_comparable_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (make_run(tmp_path / "runs" / "unfinished") / "results.json").unlink()
+    note = "Not shown: 1 run, for example: runs/unfinished is unfinished: it has no results.json."
+    with pytest.raises(ConfigurationError) as error:
+        overview_of_all(Path("runs"))
+    assert str(error.value).splitlines() == ["There is no finished run in runs.", note]
+    make_run(tmp_path / "runs" / "only")
+    with pytest.raises(ConfigurationError) as error:
+        overview_of_all(Path("runs"))
+    assert str(error.value).splitlines() == ["There is nothing in runs to compare runs/only with.", note]
+
+
+def test_figure_has_one_row_per_run_the_best_at_the_top(ten_runs: list[FinishedRun]) -> None:
+    accuracy, loss = overview_of(ten_runs[0], ten_runs[1:]).figure().axes
+    labels = [label.get_text() for label in accuracy.get_yticklabels()]
+    assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3" and "26 Nov 18:37 repetition" in labels
+    assert [panel.get_title() for panel in (accuracy, loss)] == ["accuracy", "loss"]
+    assert not any(label.get_visible() for label in loss.get_yticklabels())
+    means = [panel.collections[-1].get_offsets()[0][0] for panel in (accuracy, loss)]
+    assert means == pytest.approx([0.039, -0.039])
+
+
+@pytest.mark.parametrize(
+    ("count", "runs"), [(1, "1 run"), (2, "2 runs"), (40, "40 runs"), (41, "The 40 best of 41 runs")]
+)
+def test_title_of_the_figure_has_the_number_of_runs(count: int, runs: str, before: Path) -> None:
+    other = read_run(make_run(before.parent / "other", NOISE))
+    figure = overview_of(read_run(before), [other] * count).figure()
+    assert figure.get_suptitle().startswith(f"{runs} compared with ")
+    assert len(figure.axes[0].get_yticklabels()) == min(count, 40)
