@@ -140,7 +140,7 @@ def _read(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> DatasetError:
-    return DatasetError(f"{path} cannot be read ({error.strerror}). Fix the permissions.")
+    return DatasetError(f"{path} cannot be read ({error.strerror}).")
 
 
 def _parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:

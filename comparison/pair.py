@@ -3,6 +3,7 @@
 import math
 import textwrap
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from comparison.changes import Change, changes_between, describe_changes, nearest_run, why_not_comparable
 from comparison.forest_plot import add_title, draw_panel
-from comparison.run_reader import FinishedRun, as_run, display_path, read_runs
+from comparison.run_reader import FinishedRun, Fold, as_run, display_path, read_runs
 from comparison.statistics import MetricDifference, compare_metric, holm
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, display_name
@@ -26,13 +27,27 @@ MIN_F1_CHANGE = 0.0005  # a class whose F1 score changed less is not shown
 
 @dataclass(frozen=True)
 class PairComparison:
-    """A run compared with an earlier one: `metrics` by name, `f1` by the name of the class."""
+    """A run compared with an earlier one; `metrics` has the differences in accuracy and loss."""
 
     before: FinishedRun
     after: FinishedRun
     changes: list[Change]
     metrics: dict[str, MetricDifference]
-    f1: dict[str, MetricDifference]
+
+    @cached_property
+    def f1(self) -> dict[str, MetricDifference]:
+        """The difference in the F1 score of each class."""
+        old_scores, new_scores = [], []
+        for old_fold, new_fold in _common_folds(self.before, self.after):
+            old_scores.append(old_fold.f1)
+            new_scores.append(new_fold.f1)
+        f1 = {}
+        for name in old_scores[0]:
+            if all(name in scores for scores in old_scores + new_scores):
+                old = [scores[name] for scores in old_scores]
+                new = [scores[name] for scores in new_scores]
+                f1[name] = compare_metric(name, old, new, self.after.identity.folds)
+        return f1
 
     @property
     def is_identical(self) -> bool:
@@ -103,24 +118,17 @@ def compare_runs(before: FinishedRun, after: FinishedRun) -> PairComparison:
     reason = why_not_comparable(before, after)
     if reason is not None:
         raise ConfigurationError(reason)
-    common = [name for name in before.folds if name in after.folds]
-    old_folds = [before.folds[name] for name in common]
-    new_folds = [after.folds[name] for name in common]
-    folds = after.identity.folds
+    folds = _common_folds(before, after)
     metrics = {}
     for metric in METRICS:
-        old = [getattr(fold, metric) for fold in old_folds]
-        new = [getattr(fold, metric) for fold in new_folds]
-        metrics[metric] = compare_metric(metric, old, new, folds)
-    old_f1 = [fold.f1 for fold in old_folds]
-    new_f1 = [fold.f1 for fold in new_folds]
-    f1 = {}
-    for name in old_f1[0]:
-        if all(name in scores for scores in old_f1 + new_f1):
-            old = [scores[name] for scores in old_f1]
-            new = [scores[name] for scores in new_f1]
-            f1[name] = compare_metric(name, old, new, folds)
-    return PairComparison(before, after, changes_between(before, after), metrics, f1)
+        old = [getattr(old_fold, metric) for old_fold, _ in folds]
+        new = [getattr(new_fold, metric) for _, new_fold in folds]
+        metrics[metric] = compare_metric(metric, old, new, after.identity.folds)
+    return PairComparison(before, after, changes_between(before, after), metrics)
+
+
+def _common_folds(before: FinishedRun, after: FinishedRun) -> list[tuple[Fold, Fold]]:
+    return [(fold, after.folds[name]) for name, fold in before.folds.items() if name in after.folds]
 
 
 def _metric_lines(difference: MetricDifference) -> list[str]:

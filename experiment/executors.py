@@ -209,7 +209,7 @@ def serve() -> None:
 
 
 def _read_calls(pipe: IO[bytes], calls: queue.SimpleQueue[bytes]) -> None:
-    """Read calls, also while an epoch is computed, and end this process at the end of the pipe: the parent has ended."""
+    """Read calls, also during an epoch, and end this process at the end of the pipe: the parent has ended then."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             calls.put(_receive(pipe))

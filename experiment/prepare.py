@@ -197,9 +197,7 @@ def _check_steps(config: TrainingConfig, images: int) -> None:
         )
 
 
-def make_identity(
-    config: TrainingConfig, resources: Resources, fits: list[Fit], model: ModelSummary
-) -> dict[str, Any]:
+def make_identity(config: TrainingConfig, resources: Resources, fits: list[Fit], model: ModelSummary) -> dict[str, Any]:
     """Return everything that the results of a run depend on, for config.json."""
     return {name: getattr(config, name) for name in HYPERPARAMETERS} | {
         "device": resources.device,
@@ -219,9 +217,7 @@ def _digest_of_folds(fits: list[Fit]) -> str:
     return sha.hexdigest()
 
 
-def _describe_plan(
-    config: TrainingConfig, resources: Resources, executor_name: str | None, model: ModelSummary
-) -> str:
+def _describe_plan(config: TrainingConfig, resources: Resources, executor_name: str | None, model: ModelSummary) -> str:
     """Return in one sentence what will be trained."""
     where = f"by {executor_name}" if executor_name else f"{resources.workers} at a time"
     epochs = "epoch" if config.epochs == 1 else "epochs"

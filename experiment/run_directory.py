@@ -151,7 +151,9 @@ class RunDirectory:
             If it cannot be written.
         """
         if not self.path.is_dir():
-            raise RunError(f"{relative_to_cwd(self.path)} was deleted while the run was on. Run the same command again.")
+            raise RunError(
+                f"{relative_to_cwd(self.path)} was deleted while the run was on. Run the same command again."
+            )
         write_atomically(self.path / name, content)
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -167,7 +169,9 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         """Print which run is resumed, if one is."""
         if self.resumed:
-            print_line(f"Resuming the unfinished run in {relative_to_cwd(self.path)} (RESUME = False starts a new one).")
+            print_line(
+                f"Resuming the unfinished run in {relative_to_cwd(self.path)} (RESUME = False starts a new one)."
+            )
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:

@@ -24,9 +24,7 @@ MAX_RETRIES = 3  # times that the same epoch may be lost, for example because a 
 Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if the fit diverged
 
 
-def train_all(
-    experiment: Experiment, pool: Executor, folder: RunDirectory, runs: WandbRuns
-) -> dict[str, Checkpoint]:
+def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs: WandbRuns) -> dict[str, Checkpoint]:
     """Train all fits side by side, from their checkpoints to their last epoch, and save the final model.
 
     Returns

@@ -1,6 +1,6 @@
 """The command compare.py: its arguments and output."""
 
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,11 +118,13 @@ def test_overview_of_200_runs_takes_at_most_three_seconds(tmp_path: Path) -> Non
     runs_dir = tmp_path / "runs"
     for number in range(200):
         make_run(runs_dir / f"N-{number:06}", BASE + number / 1e5, minutes=number, epochs=1 + number, classes=FASHION)
-    started = time.monotonic()
+    before = os.times()
     process = start_python(tmp_path, str(REPOSITORY / "compare.py"), "--runs-dir", "runs")
     output, errors = process.communicate(timeout=60)
+    after = os.times()
     assert (process.returncode, errors) == (0, "") and output.count("EPOCHS") == 199
-    assert time.monotonic() - started < 3
+    processor_time = after.children_user + after.children_system - before.children_user - before.children_system
+    assert processor_time < 3  # not elapsed time, which other tests beside this one would lengthen
 
 
 def test_command_runs_in_its_own_process(before: Path, tmp_path: Path) -> None:

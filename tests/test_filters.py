@@ -1,4 +1,4 @@
-"""docs/filters.py: what it draws, where it says that the picture lies, and what it never writes over."""
+"""docs/filters.py: the figure it saves, and one line for a mistake."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ def run_filters(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
-def test_the_picture_of_the_filters_lies_in_the_runs_folder_and_nowhere_else(run_dir: Path) -> None:
+def test_the_figure_is_saved_in_the_run_directory_only(run_dir: Path) -> None:
     tracked = REPOSITORY / "images" / "filters.png"
     before = tracked.read_bytes()
     run = run_filters(str(run_dir), "--data-dir", str(DATA_DIR))
@@ -31,12 +31,12 @@ def test_a_run_without_a_model_is_one_line(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_has_a_help_and_draws_nothing_then() -> None:
+def test_help_is_printed() -> None:
     run = run_filters("--help")
     assert run.returncode == 0 and run.stdout.startswith("usage: filters.py")
 
 
 @pytest.mark.slow
-def test_a_run_that_is_not_there_is_one_line() -> None:
+def test_a_missing_run_is_one_line() -> None:
     run = run_filters("no-such-run")
-    assert run.returncode == 2 and "no-such-run must name one run" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2 and "no-such-run" in run.stderr and "Traceback" not in run.stderr

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from scipy.stats import t
@@ -15,7 +14,7 @@ from comparison.statistics import compare_metric
 from experiment.plots import BLUE, ORANGE, png_bytes
 
 
-def draw(*runs: Any, metric: str = "accuracy", p: float = 0.5) -> Axes:
+def draw(*runs: Any, metric: str = "accuracy", p: float = 0.5) -> Any:
     """Return a panel with one row per run, each compared with BASE."""
     differences = [compare_metric(metric, BASE.tolist(), np.asarray(run).tolist(), 5) for run in runs]
     panel = Figure(figsize=(6, 4)).subplots()
@@ -23,7 +22,7 @@ def draw(*runs: Any, metric: str = "accuracy", p: float = 0.5) -> Axes:
     return panel
 
 
-def drawn_rows(panel: Axes) -> list[tuple[list[float], float, float, float]]:
+def drawn_rows(panel: Any) -> list[tuple[list[float], float, float, float]]:
     """Return the folds' differences, their mean and the ends of the interval of each row."""
     folds = [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "o"]
     intervals, means = panel.collections
@@ -33,7 +32,7 @@ def drawn_rows(panel: Axes) -> list[tuple[list[float], float, float, float]]:
     return rows
 
 
-def cut_off(panel: Axes) -> list[tuple[str, float]]:
+def cut_off(panel: Any) -> list[tuple[str, float]]:
     """Return the text and the row of each arrow at the edge of a panel."""
     return [(text.get_text(), text.get_position()[1]) for text in panel.texts if "±" in text.get_text()]
 

@@ -176,7 +176,9 @@ def required(file: str) -> dict[str, str]:
 
 def test_requirements_name_every_imported_package() -> None:
     only_in_a_notebook = {"ipython"}  # installed with every notebook, and imported only there
-    assert imported("*.py", "experiment/*.py", "comparison/*.py") - only_in_a_notebook == set(required("requirements.txt"))
+    assert imported("*.py", "experiment/*.py", "comparison/*.py") - only_in_a_notebook == set(
+        required("requirements.txt")
+    )
 
 
 def test_development_requirements_name_every_package_of_the_tests() -> None:

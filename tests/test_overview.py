@@ -183,12 +183,13 @@ def test_folder_without_comparable_runs_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_figure_has_one_row_per_run_the_best_at_the_top(ten_runs: list[FinishedRun]) -> None:
-    accuracy, loss = overview_of(ten_runs[0], ten_runs[1:]).figure().axes
+    panels: list[Any] = overview_of(ten_runs[0], ten_runs[1:]).figure().axes
+    accuracy, loss = panels
     labels = [label.get_text() for label in accuracy.get_yticklabels()]
     assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3" and "26 Nov 18:37 repetition" in labels
-    assert [panel.get_title() for panel in (accuracy, loss)] == ["accuracy", "loss"]
+    assert [panel.get_title() for panel in panels] == ["accuracy", "loss"]
     assert not any(label.get_visible() for label in loss.get_yticklabels())
-    means = [panel.collections[-1].get_offsets()[0][0] for panel in (accuracy, loss)]
+    means = [panel.collections[-1].get_offsets()[0][0] for panel in panels]
     assert means == pytest.approx([0.039, -0.039])
 
 

@@ -183,7 +183,9 @@ def test_other_images_have_another_digest() -> None:
 
 
 def prepare_small(pool: Any, **constants: Any) -> Any:
-    return prepare(NeuralNetwork, make_config(**SMALL | {"DATA_DIR": DATA_DIR, "PRECISION": "float32"} | constants), pool)
+    return prepare(
+        NeuralNetwork, make_config(**SMALL | {"DATA_DIR": DATA_DIR, "PRECISION": "float32"} | constants), pool
+    )
 
 
 def test_the_plan_is_printed_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

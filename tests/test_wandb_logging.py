@@ -287,7 +287,8 @@ def test_interrupted_offline_run_prints_the_upload_command_if_an_epoch_was_logge
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    log_epoch, logged = WandbRuns.log_epoch, []
+    log_epoch = WandbRuns.log_epoch
+    logged: list[dict[str, Any]] = []
 
     def log_some_epochs(runs: WandbRuns, fit_name: str, metrics: dict[str, Any]) -> None:
         if len(logged) == epochs:

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 from conftest import slow, start_python, wait_for, wait_until_idle
-
 from experiment.workers import ThisProcess, WorkerDiedError, WorkerProcesses
 
 # What is sent is defined inside the tests, or is the standard library's: a worker shall not import the tests.

