@@ -351,8 +351,8 @@ def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:
         return RemoteError(error)
     except SystemExit as end:  # would end a worker process without a message
-        error = RuntimeError(f"the network called sys.exit({end.code!r})")
-        return RemoteError(error.with_traceback(end.__traceback__))
+        exit_error = RuntimeError(f"the network called sys.exit({end.code!r})")
+        return RemoteError(exit_error.with_traceback(end.__traceback__))
 
 
 @dataclass(frozen=True)
@@ -377,8 +377,9 @@ def build_network(model_class: Callable[[], nn.Module], device: torch.device) ->
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=CHANNELS_LAST)
     for module in model.modules():
-        if getattr(type(module), "forward", None) is nn.Sequential.forward:
-            module.forward = functools.partial(_fast_forward, module)  # a partial, unlike a method, can be pickled
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            # A partial, unlike a method, can be pickled.
+            module.forward = functools.partial(_fast_forward, module)  # type: ignore[method-assign]
     return model
 
 

@@ -150,7 +150,7 @@ def test_printed_structure_and_state_dict_are_those_of_the_class(model_class: ty
 
 
 def test_layers_can_be_unpacked_sliced_and_called() -> None:
-    built = build_network(ConvolutionalNeuralNetwork, CPU).eval()
+    built: Any = build_network(ConvolutionalNeuralNetwork, CPU).eval()
     convolution, norm, relu, pool, *_ = built.conv_stack
     assert isinstance(convolution, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and len(built.conv_stack) == 11
     assert built.conv_stack[2] is relu and isinstance(built.fc_stack[-1], nn.Linear)
@@ -185,7 +185,7 @@ def test_copy_of_a_built_network_gives_the_same_outputs_from_its_own_parameters(
 def test_hook_is_called_once_with_the_ordinary_output(position: int) -> None:
     outputs: list[Tensor] = []
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(676, 10))
-    plain = in_channels_last(network)
+    plain: Any = in_channels_last(network)
     network[position].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     images = torch.randn(2, 1, 28, 28)
     build_network(lambda: network, CPU)(images)
