@@ -1,4 +1,4 @@
-"""What may not end a run: a terminal that shows little, an output that is no file."""
+"""Failures outside training that must not end a run: terminals, streams, signals, figures, locks."""
 
 import contextlib
 import io
@@ -14,21 +14,20 @@ import pytest
 from conftest import FIGURES, REPOSITORY, Configure, Start
 
 import main_tutorial
+from data_files import DatasetError
 from experiment import run
-from experiment.errors import user_errors
+from experiment.errors import ConfigurationError, RunError, nonfatal, user_errors
 
 
 @pytest.mark.slow
-def test_output_that_cannot_show_every_character_does_not_end_the_run(
-    start_script: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ascii_terminal_does_not_end_the_run(start_script: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     process = start_script("main_tutorial", EPOCHS=1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
 
 
-def test_a_standard_output_that_is_no_file_will_do(configure: Configure) -> None:
+def test_a_standard_output_that_is_not_a_file_is_accepted(configure: Configure) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         configure(main_tutorial, EPOCHS=1).main()
     assert "Cross-validation" in output.getvalue()
@@ -36,7 +35,7 @@ def test_a_standard_output_that_is_no_file_will_do(configure: Configure) -> None
 
 OPTIONS = "--dataset Digits --folds 2 --epochs 1 --wandb-mode disabled --workers 2"
 COMMAND = (
-    f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} --runs-dir=RUNS"  # RUNS is replaced by the test's
+    f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} --runs-dir=RUNS"  # RUNS is replaced in each test
 )
 
 
@@ -58,7 +57,7 @@ def assert_finished(tmp_path: Path, figures: bool = True) -> None:
         f"{COMMAND} 2>&-",
         f"{COMMAND} <&- >&- 2>&-",
     ],
-    ids=["a pipe that is closed", "full", "both full", "no output", "no errors", "nothing at all"],
+    ids=["closed pipe", "full", "both full", "no stdout", "no stderr", "no streams"],
 )
 def test_standard_streams_that_fail_do_not_end_the_run(command: str, tmp_path: Path) -> None:
     ended = subprocess.run(
@@ -72,33 +71,28 @@ def test_standard_streams_that_fail_do_not_end_the_run(command: str, tmp_path: P
     assert_finished(tmp_path)
 
 
-@pytest.mark.slow
-def test_what_others_set_in_the_environment_does_not_end_the_run(tmp_path: Path) -> None:
-    others = {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
-    environment = os.environ | others | {"HOME": "/nonexistent"}
-    ended = subprocess.run(
+def run_command(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         COMMAND.replace("RUNS", str(tmp_path / "runs")).split(),
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=200,
     )
+
+
+@pytest.mark.slow
+def test_unusual_environment_variables_do_not_end_the_run(tmp_path: Path) -> None:
+    others = {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
+    ended = run_command(tmp_path, **others, HOME="/nonexistent")
     assert ended.returncode == 0 and ended.stderr == ""
     assert_finished(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_strange_backend_of_matplotlibs_costs_the_figures_alone(tmp_path: Path) -> None:
-    environment = os.environ | {"MPLBACKEND": "nonsense"}
-    ended = subprocess.run(
-        COMMAND.replace("RUNS", str(tmp_path / "runs")).split(),
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def test_an_unknown_matplotlib_backend_costs_only_the_figures(tmp_path: Path) -> None:
+    ended = run_command(tmp_path, MPLBACKEND="nonsense")
     assert ended.returncode == 0 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("Without the figures: ValueError: Key backend: 'nonsense'")
     assert_finished(tmp_path, figures=False)
@@ -106,8 +100,7 @@ def test_a_strange_backend_of_matplotlibs_costs_the_figures_alone(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ignored", "status"), [(False, 128 + signal.SIGHUP), (True, 0)], ids=["plain", "nohup"])
-def test_a_terminal_that_goes_away_ends_the_run_unless_under_nohup(ignored: bool, status: int, tmp_path: Path) -> None:
-    """The status is asked of the shell's own child, as the terminal's end reaches it: SIGHUP, and no more output."""
+def test_a_closed_terminal_ends_the_run_except_under_nohup(ignored: bool, status: int, tmp_path: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
@@ -127,21 +120,21 @@ def test_a_terminal_that_goes_away_ends_the_run_unless_under_nohup(ignored: bool
         assert time.monotonic() - started < 5
 
 
-def test_a_figure_and_a_comparison_that_fail_cost_a_line(
+def test_figures_and_a_comparison_that_fail_cost_one_line_each(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_arguments: object) -> None:
-        raise MemoryError("no room")
+        raise MemoryError("no memory")
 
     monkeypatch.setattr(run, "draw_figures", fail)
-    monkeypatch.setattr(run, "against_nearest", fail)
+    monkeypatch.setattr(run, "compare_with_nearest", fail)
     result = configure(main_tutorial, EPOCHS=1).main()
-    assert "Without the figures: MemoryError: no room\nWithout a comparison: MemoryError" in capfd.readouterr().err
+    assert "Without the figures: MemoryError: no memory\nWithout a comparison: MemoryError" in capfd.readouterr().err
     assert (result.run_dir / "results.json").exists() and (result.run_dir / "report.md").exists()
 
 
 @pytest.mark.slow
-def test_a_lock_that_cannot_be_had_costs_a_line(
+def test_a_lock_that_cannot_be_created_costs_one_line(
     unfinished: Path, configure: Configure, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with contextlib.suppress(FileNotFoundError):
@@ -152,8 +145,7 @@ def test_a_lock_that_cannot_be_had_costs_a_line(
     assert (unfinished / "results.json").exists()
 
 
-def test_a_signal_that_was_ignored_stays_ignored() -> None:
-    """As Ctrl-C is for what a script has started behind `&`."""
+def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with user_errors():
@@ -161,3 +153,33 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigurationError("EPOCHS is missing"), 2, "Bad configuration:\n  EPOCHS is missing\n"),
+        (RunError("no disk"), 1, "The run failed: no disk\n"),
+        (DatasetError("no data"), 1, "The run failed: no data\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "Stopped by SIGTERM.\n"),
+        (KeyboardInterrupt("text"), 130, "Stopped by SIGINT.\n"),
+        (KeyboardInterrupt(), 130, "Stopped by SIGINT.\n"),
+    ],
+)
+def test_a_users_mistake_becomes_one_message_and_an_exit_status(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, user_errors():
+        raise error
+    assert (end.value.code, capsys.readouterr().err) == (status, message)
+
+
+def test_an_error_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), user_errors():
+        raise ZeroDivisionError
+
+
+def test_a_nonfatal_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with nonfatal("the figures"):
+        raise MemoryError("no memory")
+    assert capsys.readouterr().err == "Without the figures: MemoryError: no memory\n"

@@ -1,4 +1,4 @@
-"""What can happen to a run, really happening: kill -9, signals, a full disk."""
+"""Faults of whole runs: kill -9, signals, a full disk."""
 
 import contextlib
 import os
@@ -34,16 +34,16 @@ import main_tutorial
 
 
 @pytest.mark.slow
-def test_a_signal_says_how_to_go_on_and_the_run_does(
+def test_an_interrupted_run_prints_how_to_resume_and_resumes_with_the_same_bits(
     start_script: Start, tmp_path: Path, configure: Configure, undisturbed: dict[str, Any]
 ) -> None:
     _, errors = interrupt(start_script, tmp_path, signal.SIGINT)
-    assert "RESUME = True, goes on" in errors and "Traceback" not in errors
+    assert "RESUME = True, resumes the run" in errors and "Traceback" not in errors
     assert computed(configure(main_tutorial, **SETTINGS).main().run_dir) == undisturbed
 
 
 @pytest.mark.slow
-def test_kill_9_at_12_random_moments_changes_nothing(
+def test_a_run_killed_at_12_random_moments_has_the_same_bits(
     start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     moments, kills, finished, written = random.Random(314), 0, 0, 0
@@ -53,7 +53,7 @@ def test_kill_9_at_12_random_moments_changes_nothing(
             while process.poll() is None and not list((tmp_path / "runs").glob("*/.*.unfinished")):
                 pass
         elif kills < 12:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # from the first import to the last figure
+            with contextlib.suppress(subprocess.TimeoutExpired):  # anywhere from the first import to the last figure
                 process.wait(timeout=moments.uniform(2, 18))
         else:
             process.wait(timeout=120)
@@ -71,7 +71,7 @@ def test_kill_9_at_12_random_moments_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["workers start", "an epoch is done"])
-def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unharmed(
+def test_no_worker_outlives_a_killed_parent_and_the_next_run_has_the_same_bits(
     moment: str, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     process = start_script("main_tutorial", **SETTINGS)
@@ -88,11 +88,11 @@ def test_no_worker_outlives_a_killed_parent_and_a_run_started_meanwhile_is_unhar
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_it_trains_costs_only_its_epoch(
+def test_killing_a_worker_that_trains_costs_only_its_epoch(
     start_script: Start, tmp_path: Path, configure: Configure
 ) -> None:
     settings = SETTINGS | {"EPOCHS": 3}
-    process = start_script("main_cnn", **settings)  # whose epochs are long beside the sending of their results
+    process = start_script("main_cnn", **settings)  # its epochs take much longer than sending their results
     wait_for(lambda: checkpoints(tmp_path), process)
     workers = workers_of(process)
     wait_for(lambda: [worker for worker in workers if worker.status() == psutil.STATUS_RUNNING], process)[0].kill()
@@ -104,11 +104,11 @@ def test_a_worker_killed_while_it_trains_costs_only_its_epoch(
 
 
 def kill_while_a_result_is_sent(process: subprocess.Popen[str], tmp_path: Path, everyone: bool) -> None:
-    """Kill a worker that is sending a result, or all: the parent is stopped, so the pipes fill up and they wait."""
+    """Kill one worker or all while they send results: the parent is stopped, so that they block in their pipes."""
     wait_for(lambda: checkpoints(tmp_path), process)
     process.send_signal(signal.SIGSTOP)
     workers = workers_of(process)
-    wait_until_idle(workers)  # each has done its epoch, and a state is more than a pipe takes
+    wait_until_idle(workers)  # each has finished its epoch, and a state is larger than a pipe
     for worker in workers if everyone else workers[:1]:
         worker.kill()
     process.send_signal(signal.SIGCONT)
@@ -116,7 +116,7 @@ def kill_while_a_result_is_sent(process: subprocess.Popen[str], tmp_path: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everyone", [False, True], ids=["one", "all"])
-def test_a_worker_killed_while_it_sends_a_result_costs_only_its_epoch(
+def test_killing_a_worker_that_sends_a_result_costs_only_its_epoch(
     everyone: bool, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     process = start_script("main_tutorial", **SETTINGS)
@@ -128,16 +128,18 @@ def test_a_worker_killed_while_it_sends_a_result_costs_only_its_epoch(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_run_whose_worker_was_killed_while_it_sent_a_result(start_script: Start, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_run_after_a_worker_was_killed_while_it_sent_a_result(
+    start_script: Start, tmp_path: Path
+) -> None:
     process = start_script("main_tutorial", **SETTINGS)
     kill_while_a_result_is_sent(process, tmp_path, everyone=False)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=5)
-    assert process.returncode == 130 and "goes on" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "resumes the run" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_workers_that_keep_being_killed_end_the_run_with_one_line(start_script: Start, tmp_path: Path) -> None:
+def test_workers_that_are_killed_again_and_again_end_the_run_with_one_line(start_script: Start, tmp_path: Path) -> None:
     process = start_script("main_tutorial", **SETTINGS | {"EPOCHS": 1000})
     wait_for(lambda: checkpoints(tmp_path), process)
     while process.poll() is None:
@@ -145,22 +147,22 @@ def test_workers_that_keep_being_killed_end_the_run_with_one_line(start_script: 
             worker.kill()
         time.sleep(0.2)
     _, errors = finish(process, status=1)
-    assert "Set WORKERS lower" in errors and "goes on" in errors
+    assert "Reduce WORKERS" in errors and "resumes the run" in errors
     assert all(torch.load(path, weights_only=True)["history"] for path in checkpoints(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_ends_with_one_line_and_the_run_resumes_when_there_is_space(
     start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     with nearly_full_disk(tmp_path / "runs") as filler:
         _, errors = finish(start_script("main_tutorial", **SETTINGS), status=1)
-        assert "No space left on device" in errors and "goes on" in errors and "Warning" not in errors
+        assert "No space left on device" in errors and "resumes the run" in errors and "Warning" not in errors
         assert checkpoints(tmp_path)
         assert all(torch.load(path, weights_only=True)["history"] for path in checkpoints(tmp_path))
         filler.unlink()
         output, _ = finish(start_script("main_tutorial", **SETTINGS))
-        assert "Going on with" in output
+        assert "Resuming the unfinished run" in output
         (run_dir,) = run_dirs(tmp_path)
         assert computed(run_dir) == undisturbed
 
@@ -176,8 +178,8 @@ print("LEFT", me.num_fds(), len(me.children(recursive=True)), me.num_threads())
 """
 
 
-def what_is_left(count: int, folder: Path) -> tuple[list[int], list[str]]:
-    """Return open files, children and threads of a process after its experiments, and temporary files after its end."""
+def resources_left(count: int, folder: Path) -> tuple[list[int], list[str]]:
+    """Return open files, children and threads after a number of experiments, and temporary files after the process."""
     (folder / "tmp").mkdir(parents=True)
     run = subprocess.run(
         [sys.executable, "-c", SOAK.format(count=count, runs=str(folder / "runs"))],
@@ -193,7 +195,7 @@ def what_is_left(count: int, folder: Path) -> tuple[list[int], list[str]]:
 
 
 @pytest.mark.slow
-def test_20_experiments_in_one_process_leave_no_more_than_one_does(tmp_path: Path) -> None:
-    (one, files_of_one), (twenty, files_of_twenty) = (what_is_left(n, tmp_path / str(n)) for n in (1, 20))
+def test_20_experiments_in_one_process_leak_no_more_than_one(tmp_path: Path) -> None:
+    (one, files_of_one), (twenty, files_of_twenty) = (resources_left(n, tmp_path / str(n)) for n in (1, 20))
     assert all(many <= few for few, many in zip(one, twenty, strict=True)), (one, twenty)
     assert files_of_twenty == files_of_one

