@@ -177,7 +177,8 @@ class RunDirectory:
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
         """Unlock the folder; after an error, print how to resume, or delete it if no epoch was finished."""
         self._lock.release()
-        if exception_type is None or (self.path / "results.json").exists():
+        was_deleted = not self.path.is_dir()
+        if exception_type is None or was_deleted or (self.path / "results.json").exists():
             return
         if self._checkpoints():
             where = relative_to_cwd(self.path)

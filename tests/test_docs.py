@@ -30,7 +30,7 @@ FILES_OF_A_RUN |= {"per_class.png", "confusion_matrix.png", "mistakes.png"}
 FILES_OF_THE_READER = {"picture.png"}
 OTHER_NAMES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "CLASS_NAMES"}
 # Options that a page names without their program are those of main_cnn.py, except:
-PROGRAMS = {"--against": "tests/benchmarks/worker_overhead.py", "--invert": "classify.py"}
+PROGRAMS = {"--invert": "classify.py"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 VALUE = r'"\w*"|True|False|\d[\d.]*'
 

@@ -1,9 +1,9 @@
-"""How soon a network is as good as the reference: ``python tests/benchmarks/time_to_accuracy.py`` (25 minutes).
+"""Time to the accuracy of the reference: ``python tests/benchmarks/time_to_accuracy.py`` (25 minutes).
 
-For each of three seeds, in turn: the time in which one CNN learns all of Fashion-MNIST and is tested, (a) by the loop
-of PyTorch's tutorials with the reference's settings and 10 epochs, (b) by this project with 3 epochs of a one-cycle
-schedule. Each runs in a fresh process, on all cores; reading the data is on the clock, imports are not. (b)'s settings
-were chosen by the folds alone: ``python tests/benchmarks/recipes.py --epochs 3 --batch-size 128 one_cycle:0.005``.
+For each of three seeds, in turn: the time to train and test one CNN on all of Fashion-MNIST, (a) by the loop of
+PyTorch's tutorials with the settings of the reference and 10 epochs, (b) by this project with 3 epochs of a one-cycle
+schedule. Each runs in a fresh process on all cores; the time includes reading the data but not the imports. The folds
+alone chose the settings of (b): ``python tests/benchmarks/recipes.py --epochs 3 --batch-size 128 one_cycle:0.005``.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from typing import Any
 
 import joblib
 import torch
-from common import accuracy_of, fits_of, in_fresh_process, main_cnn, test_figures, train
+from common import compute_accuracy, final_metrics, fits_of, in_fresh_process, main_cnn
 from seeds import SEEDS
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from data_utils import path_of
+from data_files import resolve_path
 from models import ConvolutionalNeuralNetwork
-from train_utils import test_loop, train_loop
+from train_utils import test_loop, train_fit, train_loop
 
 REFERENCE_ACCURACY = 0.9184  # and its settings: 10 epochs, batches of 64, Adam with learning rate 0.001
 SHORT: dict[str, Any] = {
@@ -31,7 +31,7 @@ SHORT: dict[str, Any] = {
     "BATCH_SIZE": 128,
     "LEARNING_RATE": 0.005,
     "LR_SCHEDULE": "one_cycle",
-    "MIRROR": False,  # as the tutorials have it, and as it was when the folds chose the rest
+    "MIRROR": False,  # as in the tutorials, and when the folds chose the rest
 }
 
 
@@ -39,7 +39,7 @@ def tutorial_accuracy(seed: int) -> float:
     """Train and test as PyTorch's tutorials do; return the test accuracy."""
     torch.manual_seed(seed)
     train_set, test_set = (
-        datasets.FashionMNIST(str(path_of(main_cnn.DATA_DIR)), train=part, transform=transforms.ToTensor())
+        datasets.FashionMNIST(str(resolve_path(main_cnn.DATA_DIR)), train=part, transform=transforms.ToTensor())
         for part in (True, False)
     )
     model, loss_fn = ConvolutionalNeuralNetwork(), nn.CrossEntropyLoss()
@@ -47,13 +47,14 @@ def tutorial_accuracy(seed: int) -> float:
     for _ in range(10):
         train_loop(DataLoader(train_set, batch_size=64, shuffle=True), model, loss_fn, optimizer)
     _, labels, probabilities = test_loop(DataLoader(test_set, batch_size=64), model, loss_fn)
-    return accuracy_of(labels, probabilities)
+    return compute_accuracy(labels, probabilities)
 
 
 def project_accuracy(seed: int) -> float:
     """Train and test the final fit of main_cnn.py with the settings in SHORT; return the test accuracy."""
     final = fits_of(RNG_SEED=seed, **SHORT)[0]
-    return test_figures(train(replace(final, threads=joblib.cpu_count()))[1])[0]
+    _, history = train_fit(replace(final, threads=joblib.cpu_count()))
+    return final_metrics(history)[0]
 
 
 def timed(train_and_test: Callable[[int], float], seed: int) -> tuple[float, float]:
@@ -66,7 +67,7 @@ def timed(train_and_test: Callable[[int], float], seed: int) -> tuple[float, flo
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="how many, at least 2")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, at least 2")
     seeds = SEEDS[: parser.parse_args().seeds]
     print("seed   (a) tutorial's loop     (b) this project       (a) / (b)")
     ratios, accuracies = [], []

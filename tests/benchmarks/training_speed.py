@@ -1,26 +1,30 @@
-"""How fast the network of main_cnn.py trains: ``python tests/benchmarks/training_speed.py`` (half an hour, two cores).
+"""Training speed of the network of main_cnn.py: ``python tests/benchmarks/training_speed.py`` (half an hour).
 
-In one call, paired and repeated, images trained on per second of (a) the loop of PyTorch's tutorials over a DataLoader
-with ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` on tensors in memory, (c) this project's
-``run_experiment`` with 3 epochs, start-up, evaluation, checkpoints and logging included, in float32 and in bfloat16;
-without MIRROR, as the others are, and with it in bfloat16.
-Prints medians with the lowest and the highest, their share of the machine's matrix-product rate, and the ratios.
-(b)'s worker processes are started before its clock is, (c)'s are not; so (a) and (b) lose nothing by getting fewer
-images. (a) runs in a fresh process, as a script would, before each of the others, and is averaged, since it is short
-and machines drift.
+In one call, paired and repeated, the images per second of (a) the loop of PyTorch's tutorials over a DataLoader with
+ToTensor, (b) skorch with scikit-learn's ``cross_validate(n_jobs=cores)`` on tensors in memory, (c) this project's
+``run_experiment`` with 3 epochs, including start-up, evaluation, checkpoints and logging, in float32 and bfloat16
+without MIRROR, as in the others, and in bfloat16 with it. Prints medians with minimum and maximum, their share of the
+machine's matrix-product rate, and the ratios. The worker processes of (b) are started before its time begins, those
+of (c) are not, so (a) and (b) lose nothing by training on fewer images. (a) runs in a fresh process before each of
+the others, and is averaged, since it is short and machines drift.
+
+With ``--against FOLDER`` (another checkout of this repository), only the training loops of both are compared: one
+epoch of fold 1 on 12,000 images on one thread, in fresh processes in turn.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import joblib
 import numpy as np
 import skorch
 import torch
-from common import in_fresh_process, load_dataset, main_cnn, path_of, seconds_of_a_run
+from common import in_fresh_process, load_dataset, main_cnn, resolve_path, seconds_of_a_run
 from sklearn.model_selection import StratifiedKFold, cross_validate
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -47,7 +51,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def tutorial_rate(images: int) -> float:
     """Return the images per second of the tutorials' loop, after a warm-up."""
-    dataset = datasets.FashionMNIST(str(path_of(main_cnn.DATA_DIR)), transform=transforms.ToTensor())
+    dataset = datasets.FashionMNIST(str(resolve_path(main_cnn.DATA_DIR)), transform=transforms.ToTensor())
     model, loss_fn = ConvolutionalNeuralNetwork(), nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=main_cnn.LEARNING_RATE)
     for count in (1000, images):
@@ -58,8 +62,8 @@ def tutorial_rate(images: int) -> float:
 
 
 def skorch_rate(images: int) -> float:
-    """Return the images trained on per second of skorch under scikit-learn's cross_validate, one epoch a fold."""
-    train_images, train_labels, *_ = load_dataset("FashionMNIST", path_of(main_cnn.DATA_DIR))
+    """Return the images trained on per second of skorch under scikit-learn's cross_validate, one epoch per fold."""
+    train_images, train_labels, *_ = load_dataset("FashionMNIST", resolve_path(main_cnn.DATA_DIR))
     x, y = (train_images[:images].unsqueeze(1).float() / 255).numpy(), train_labels[:images].numpy()
     network = skorch.NeuralNetClassifier(
         ConvolutionalNeuralNetwork,
@@ -81,9 +85,57 @@ def skorch_rate(images: int) -> float:
 
 
 def project_rate(images: int, precision: str, mirror: bool = False, epochs: int = 3) -> float:
-    """Return the images trained on per second of a whole small run, from nothing to its last file."""
+    """Return the images trained on per second of a whole run, from preparation to its last file."""
     seconds = seconds_of_a_run(images, EPOCHS=epochs, PRECISION=precision, MIRROR=mirror, WANDB_MODE="offline")
     return images * main_cnn.FOLDS * epochs / seconds  # K folds of (K - 1) / K of the images, and all of them once
+
+
+EPOCH_IN_CHECKOUT = """
+import sys, time
+from dataclasses import replace
+sys.path.insert(0, sys.argv[1])
+import main_cnn, train_utils
+from experiment.settings import TrainingConfig
+from models import ConvolutionalNeuralNetwork
+config = TrainingConfig.from_constants(vars(main_cnn) | {"DATA_DIR": sys.argv[2], "PRECISION": sys.argv[3]})
+try:
+    from data_files import load_dataset
+    from experiment.prepare import make_fits
+    from experiment.resources import resolve_resources
+    dataset = load_dataset(config.dataset, sys.argv[2])
+    make = lambda data: make_fits(config, resolve_resources(config), ConvolutionalNeuralNetwork, data)
+except ImportError:  # up to version ada7b04
+    from data_utils import load_dataset
+    from experiment.plan import make_fits, make_plan
+    dataset = load_dataset(config.dataset, sys.argv[2])
+    make = lambda data: make_fits(make_plan(config, None), ConvolutionalNeuralNetwork, config, data)
+fewer = dataset._replace(train_images=dataset.train_images[:12000], train_labels=dataset.train_labels[:12000])
+train_utils.cached_dataset = lambda *_arguments: fewer
+fit = replace(make(fewer)[1], threads=1)
+if hasattr(fit, "code_digest"):
+    fit = replace(fit, code_digest=train_utils.code_digest())
+train_utils.run_epoch(fit, 1, None)
+start = time.perf_counter()
+train_utils.run_epoch(fit, 1, None)
+print(time.perf_counter() - start)
+"""
+
+
+def compare_checkouts(other: Path, precision: str, repeats: int) -> None:
+    """Print the training speed of this checkout divided by that of another one."""
+    data_dir = str(resolve_path(main_cnn.DATA_DIR))
+    load_dataset("FashionMNIST", data_dir)  # unpacks it if necessary
+    this = Path(__file__).resolve().parents[2]
+    ratios = []
+    for repeat in range(repeats):
+        seconds = {}
+        for folder in (this, other) if repeat % 2 else (other, this):
+            command = [sys.executable, "-c", EPOCH_IN_CHECKOUT, str(folder), data_dir, precision]
+            seconds[folder] = float(subprocess.check_output(command, cwd=folder))
+        ratios.append(seconds[other] / seconds[this])
+        print(f"  {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+    median = statistics.median(ratios)
+    print(f"speed here / there, {precision}: {median:.3f} ({min(ratios):.3f}, {max(ratios):.3f})")
 
 
 def main() -> None:
@@ -91,10 +143,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=60_000, help="training images of (c)")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout to compare with")
+    parser.add_argument("--precision", default="float32", help="of the comparison with another checkout")
     arguments = parser.parse_args()
+    if arguments.against:
+        compare_checkouts(arguments.against, arguments.precision, arguments.repeats)
+        return
     rates: dict[str, list[float]] = {}
     for repeat in range(arguments.repeats):
-        bursts = []
+        tutorial_rates = []
         measures: dict[str, Callable[[], float]] = {
             "matrix product, float32": lambda: matrix_rate(torch.float32) / FLOP_PER_IMAGE,
             "matrix product, bfloat16": lambda: matrix_rate(torch.bfloat16) / FLOP_PER_IMAGE,
@@ -104,15 +161,15 @@ def main() -> None:
             "(c) … bfloat16, with MIRROR": lambda: project_rate(arguments.images, "bfloat16", mirror=True),
         }
         for name, measure in measures.items():
-            bursts.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
+            tutorial_rates.append(in_fresh_process(tutorial_rate, TUTORIAL_IMAGES))
             rates.setdefault(name, []).append(measure())
-            done = f"(a) {bursts[-1]:.0f}, {name} {rates[name][-1]:.0f}"
+            done = f"(a) {tutorial_rates[-1]:.0f}, {name} {rates[name][-1]:.0f}"
             print(f"  repeat {repeat + 1}: {done}", file=sys.stderr, flush=True)
-        rates.setdefault("(a) tutorial's loop", []).append(statistics.fmean(bursts))
-    print(f"{'':<30}images/s: median (lowest, highest)   GFLOP/s   share of its matrix product")
+        rates.setdefault("(a) tutorial's loop", []).append(statistics.fmean(tutorial_rates))
+    print(f"{'':<30}images/s: median (minimum, maximum)   GFLOP/s   share of its matrix product")
     for name, values in sorted(rates.items()):
         peak = rates["matrix product, " + ("bfloat16" if "bfloat16" in name else "float32")]
-        share = statistics.median(value / most for value, most in zip(values, peak, strict=True))
+        share = statistics.median(value / maximum for value, maximum in zip(values, peak, strict=True))
         median = statistics.median(values)
         print(
             f"{name:<30}{median:8.0f} ({min(values):.0f}, {max(values):.0f})".ljust(67)

@@ -1,0 +1,83 @@
+"""The loop over epochs: what is saved and printed, and when, if the run is cut off at each of its steps."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Configure, Start, finish, run_dirs, slow, wait_for
+
+import main_tutorial
+from experiment import run, training
+from experiment.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize("step", ["make_result", "draw_figures", *slow("folds_table")])
+def test_run_cut_off_after_training_resumes_without_training(
+    step: str, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def interrupt_here(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def train_again(*_arguments: Any) -> None:
+        raise AssertionError("an epoch was trained again")
+
+    script = configure(main_tutorial, EPOCHS=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, step, interrupt_here)
+        with pytest.raises(SystemExit) as end:
+            script.main()
+    assert end.value.code == 130
+    (run_dir,) = run_dirs(tmp_path)
+    assert (run_dir / "model.pt").exists() and not (run_dir / "results.json").exists()
+    assert "resumes the run" in capsys.readouterr().err
+    monkeypatch.setattr(training, "run_epoch", train_again)
+    assert script.main().run_dir == run_dir
+
+
+def test_results_json_is_written_after_the_tables_are_printed(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed_before = []
+
+    def finish_run(folder: RunDirectory, results: dict[str, Any]) -> None:
+        printed_before.append(capsys.readouterr().out)
+        original(folder, results)
+
+    original = RunDirectory.finish
+    monkeypatch.setattr(RunDirectory, "finish", finish_run)
+    configure(main_tutorial, EPOCHS=1).main()
+    (output,) = printed_before
+    assert "Cross-validation" in output and "Report, with pictures" in output
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mode", ["disabled", *slow("offline")])
+def test_run_whose_folder_is_deleted_ends_with_one_line_and_makes_no_folder(
+    mode: str, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def delete_folder(folder: RunDirectory, *arguments: Any) -> None:
+        original(folder, *arguments)
+        shutil.rmtree(folder.path)
+
+    original = RunDirectory.save_checkpoint
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", delete_folder)
+    with pytest.raises(SystemExit) as end:
+        configure(main_tutorial, WANDB_MODE=mode).main()
+    assert end.value.code == 1 and run_dirs(tmp_path) == []
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 1 and "was deleted while the run was on" in messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_interrupted_before_its_first_epoch_leaves_no_folder(
+    number: int, start_script: Start, tmp_path: Path
+) -> None:
+    process = start_script("main_cnn", DATASET="FashionMNIST")  # its first epoch takes long
+    wait_for(lambda: list((tmp_path / "runs").glob("*/config.json")), process)
+    process.send_signal(number)
+    _, errors = finish(process, status=128 + number)
+    assert "No epoch was finished" in errors and errors.endswith(f"Stopped by {signal.Signals(number).name}.\n")
+    assert run_dirs(tmp_path) == []
