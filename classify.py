@@ -153,7 +153,7 @@ def load_network(run_dir: Path, network: str | None = None) -> TrainedNetwork:
     try:
         built.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True))
     except Exception as error:  # a damaged file, or a class that was edited, can raise many types
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip(" .")
         raise ConfigurationError(
             f"the parameters in {where} do not fit {name} as it is now ({reason}). Name the class that was trained, as "
             "in --network file.py:Class"

@@ -107,16 +107,15 @@ def draw_learning_curves(histories: dict[str, History]) -> Figure:
 def _draw_metric(panel: Axes, histories: dict[str, History], metric: str, unit: str) -> None:
     folds = [history for name, history in histories.items() if name != "final"]
     common_epochs = min(len(history) for history in folds)
-    fold_label = "each fold"
     for part, color, mean_label in (
         ("train", BLUE, "mean: training (measured during the epoch)"),
         ("validation", ORANGE, "mean: validation (images held out)"),
     ):
         curves = [[epoch[f"{part}/{metric}"] for epoch in history] for history in folds]
-        for curve in curves:
+        for number, curve in enumerate(curves):
+            label = "each fold" if number == 0 and part == "train" else None  # one entry in the legend
             epochs = range(1, len(curve) + 1)
-            panel.plot(epochs, curve, color=color, label=fold_label, linewidth=0.9, alpha=0.45, marker=".")
-            fold_label = None  # one entry in the legend
+            panel.plot(epochs, curve, color=color, label=label, linewidth=0.9, alpha=0.45, marker=".")
         mean = np.mean([curve[:common_epochs] for curve in curves], axis=0)
         epochs = range(1, common_epochs + 1)
         panel.plot(epochs, mean, color=color, label=mean_label, linewidth=2.5, marker="o", markersize=5)
@@ -125,7 +124,7 @@ def _draw_metric(panel: Axes, histories: dict[str, History], metric: str, unit: 
         label = "final fit: training on all images"
         panel.plot(range(1, len(final) + 1), final, "k--", label=label, linewidth=1.3, marker=".")
     panel.set(title=metric, xlabel="epoch", ylabel=f"{metric} ({unit})")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     panel.grid(alpha=0.3)
     if max(len(history) for history in histories.values()) == 1:
         panel.set(xlim=(0.5, 1.5), xticks=[1])
@@ -151,8 +150,9 @@ def _draw_f1_per_class(folds: list[FitResult], final: FitResult) -> Figure:
         test_score = final.report[name]["f1-score"]
         panel.plot(fold_scores, [row] * len(folds), "o-", color=BLUE, label=fold_label, alpha=0.6, markersize=5)
         panel.plot(test_score, row, "D", color=ORANGE, label=test_label, markersize=8)
-        above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        panel.annotate(f"{test_score:.3f}", (test_score, row), fontsize=8, **above)
+        panel.annotate(
+            f"{test_score:.3f}", (test_score, row), (0, 8), textcoords="offset points", ha="center", fontsize=8
+        )
     panel.set_yticks(range(len(classes)), [display_name(name) for name in classes])
     panel.set(ylim=(-0.6, len(classes) - 0.3), title="F1 score of each class")
     panel.set(xlabel="F1 score (1 is best)", ylabel="class")

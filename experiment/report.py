@@ -23,8 +23,8 @@ CAPTIONS = {
     "per_class.png": "F1 score of each class, the worst at the bottom: in each fold and on the test images.",
     "confusion_matrix.png": "Rows are the true classes, columns the predicted classes.",
     "mistakes.png": "The wrong predictions on the test images in which the network was most confident.",
-    "compare.png": "Differences from the nearest earlier run: in each fold, their mean, and its 95 % confidence interval. "
-    "The marker of the mean is filled if the difference is significant.",
+    "compare.png": "Differences from the nearest earlier run: in each fold, their mean, and its 95 % confidence "
+    "interval. The marker of the mean is filled if the difference is significant.",
 }
 
 

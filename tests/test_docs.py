@@ -242,6 +242,6 @@ MODULES = [path.name for folder in (".", "experiment", "comparison") for path in
 
 @pytest.mark.parametrize("module", MODULES)
 def test_readmes_layout_names_every_module(module: str) -> None:
-    _, _, section = README.read_text().partition("## How the code is laid out")
+    _, _, section = README.read_text().partition("## How the code is organised")
     layout = BLOCK.findall(section)[0][1]
     assert any(fnmatch(module, name) for name in re.findall(r"[\w*]+\.py", layout))

@@ -1,4 +1,4 @@
-"""Failures outside training that must not end a run: terminals, streams, signals, figures, locks."""
+"""Failures outside training that must not end a run (streams, terminals, figures, locks); exit status and signals."""
 
 import contextlib
 import io
@@ -9,22 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import FIGURES, REPOSITORY, Configure, Start
+from conftest import FIGURES, REPOSITORY, Configure, run_dirs
 
 import main_tutorial
 from data_files import DatasetError
 from experiment import run
-from experiment.errors import ConfigurationError, RunError, nonfatal, user_errors
-
-
-@pytest.mark.slow
-def test_an_ascii_terminal_does_not_end_the_run(start_script: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    process = start_script("main_tutorial", EPOCHS=1)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+from experiment.errors import ConfigurationError, ExitError, RunError, nonfatal, user_errors
 
 
 def test_a_standard_output_that_is_not_a_file_is_accepted(configure: Configure) -> None:
@@ -33,68 +26,55 @@ def test_a_standard_output_that_is_not_a_file_is_accepted(configure: Configure) 
     assert "Cross-validation" in output.getvalue()
 
 
-OPTIONS = "--dataset Digits --folds 2 --epochs 1 --wandb-mode disabled --workers 2"
-COMMAND = (
-    f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {OPTIONS} --runs-dir=RUNS"  # RUNS is replaced in each test
-)
+def training_command(tmp_path: Path, epochs: int = 1) -> str:
+    options = f"--dataset Digits --folds 2 --epochs {epochs} --wandb-mode disabled --workers 2"
+    return f"{sys.executable} {REPOSITORY / 'main_tutorial.py'} {options} --runs-dir {tmp_path / 'runs'}"
+
+
+def run_shell(command: str, **variables: str) -> str:
+    """Run a shell command that succeeds; return what it printed on standard error."""
+    arguments = ["bash", "-o", "pipefail", "-c", command]
+    ended = subprocess.run(arguments, env=os.environ | variables, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
 
 
 def assert_finished(tmp_path: Path, figures: bool = True) -> None:
     """Check that the one run in the folder has its results, and its figures."""
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    (run_dir,) = run_dirs(tmp_path)
     assert (run_dir / "results.json").exists()
     assert all((run_dir / name).exists() == figures for name in FIGURES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command",
-    [
-        f"set -o pipefail; {COMMAND} | head -1",
-        f"{COMMAND} >/dev/full",
-        f"{COMMAND} >/dev/full 2>/dev/full",
-        f"{COMMAND} >&-",
-        f"{COMMAND} 2>&-",
-        f"{COMMAND} <&- >&- 2>&-",
-    ],
+    "redirection",
+    ["| head -1", ">/dev/full", ">/dev/full 2>/dev/full", ">&-", "2>&-", "<&- >&- 2>&-"],
     ids=["closed pipe", "full", "both full", "no stdout", "no stderr", "no streams"],
 )
-def test_standard_streams_that_fail_do_not_end_the_run(command: str, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        ["bash", "-c", command.replace("RUNS", str(tmp_path / "runs"))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert ended.returncode == 0 and ended.stderr == ""
+def test_standard_streams_that_fail_do_not_end_the_run(redirection: str, tmp_path: Path) -> None:
+    assert run_shell(f"{training_command(tmp_path)} {redirection}") == ""
     assert_finished(tmp_path)
 
 
-def run_command(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        COMMAND.replace("RUNS", str(tmp_path / "runs")).split(),
-        cwd=tmp_path,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 @pytest.mark.slow
-def test_unusual_environment_variables_do_not_end_the_run(tmp_path: Path) -> None:
-    others = {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/nonexistent", "LC_ALL": "C"}
-    ended = run_command(tmp_path, **others, HOME="/nonexistent")
-    assert ended.returncode == 0 and ended.stderr == ""
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/none", "HOME": "/none", "LC_ALL": "C"},
+    ],
+    ids=["ASCII terminal", "others"],
+)
+def test_unusual_environment_variables_do_not_end_the_run(variables: dict[str, str], tmp_path: Path) -> None:
+    assert run_shell(training_command(tmp_path), **variables) == ""
     assert_finished(tmp_path)
 
 
 @pytest.mark.slow
 def test_an_unknown_matplotlib_backend_costs_only_the_figures(tmp_path: Path) -> None:
-    ended = run_command(tmp_path, MPLBACKEND="nonsense")
-    assert ended.returncode == 0 and ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("Without the figures: ValueError: Key backend: 'nonsense'")
+    errors = run_shell(training_command(tmp_path), MPLBACKEND="nonsense")
+    assert errors.startswith("Without the figures: ValueError: Key backend: 'nonsense'") and errors.count("\n") == 1
     assert_finished(tmp_path, figures=False)
 
 
@@ -103,11 +83,8 @@ def test_an_unknown_matplotlib_backend_costs_only_the_figures(tmp_path: Path) ->
 def test_a_closed_terminal_ends_the_run_except_under_nohup(ignored: bool, status: int, tmp_path: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
-        os.chdir(tmp_path)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        os.execv(
-            sys.executable, COMMAND.replace("--epochs 1", "--epochs 15").replace("RUNS", str(tmp_path / "runs")).split()
-        )
+        os.execv(sys.executable, training_command(tmp_path, epochs=15).split())
     shown = b""
     while b"\r\n     1" not in shown:
         shown += os.read(terminal, 1000)
@@ -163,6 +140,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         (DatasetError("no data"), 1, "The run failed: no data\n"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "Stopped by SIGTERM.\n"),
         (KeyboardInterrupt("text"), 130, "Stopped by SIGINT.\n"),
+        (KeyboardInterrupt(3), 130, "Stopped by SIGINT.\n"),
         (KeyboardInterrupt(), 130, "Stopped by SIGINT.\n"),
     ],
 )
@@ -171,7 +149,14 @@ def test_a_users_mistake_becomes_one_message_and_an_exit_status(
 ) -> None:
     with pytest.raises(SystemExit) as end, user_errors():
         raise error
+    assert type(end.value) is SystemExit and end.value.__suppress_context__
     assert (end.value.code, capsys.readouterr().err) == (status, message)
+
+
+def test_in_a_notebook_a_users_mistake_is_an_exit_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: "a shell"))
+    with pytest.raises(ExitError, match="^The run failed: no disk$"), user_errors():
+        raise RunError("no disk")
 
 
 def test_an_error_of_the_program_keeps_its_traceback() -> None:
