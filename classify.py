@@ -1,17 +1,15 @@
-"""What does a trained network predict for a picture? ``python classify.py picture.png … [--run NAME]``
+"""Print what the final network of a finished run predicts for pictures.
 
-Prints the three most likely classes of each picture, with their probabilities, as the final network of a finished run
-predicts them. A picture may have any size and colours; it is converted to a square of 28 × 28 grey pixels. The networks
-were trained on light objects on a dark background: a dark object on a light background needs --invert.
+Each picture gets one line with its three most likely classes and their probabilities. A picture may have any size and
+colours; it is converted to a square of 28 × 28 grey pixels. The networks were trained on light objects on a dark
+background: a dark object on a light background needs --invert.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
     from torch import Tensor, nn
+
+    from comparison.run_reader import FinishedRun
 
 DEFAULT_RUNS_DIR = Path(__file__).resolve().parent / "runs"
 SIZE = 28  # pixels per side of the images that the networks take
@@ -68,7 +68,7 @@ class TrainedNetwork:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print a line per picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", nargs="+", metavar="picture", help="PNG, JPEG or another format that Pillow reads")
     parser.add_argument("--run", help="a run directory, or a part of its name (default: the newest finished run)")
     parser.add_argument("--network", metavar="FILE:CLASS", help="the network's class, if it is not in models.py")
@@ -89,19 +89,19 @@ def classify(pictures: list[Path], run: str | None, runs_dir: Path, network: str
     """Print what the final network of a run predicts for pictures."""
     import torch
 
-    run_dir = find_run_dir(run, runs_dir)
-    trained = load_network(run_dir, network)
+    finished_run = choose_run(run, runs_dir)
+    trained = load_network(finished_run, network)
     images = [read_picture(path, invert) for path in pictures]
     for path, image in zip(pictures, images, strict=True):
         if has_light_background(image):
             warn(f"{path} {_background_advice(invert)}.")
-    print_line(f"Predictions of the final network of {relative_to_cwd(run_dir)}:")
+    print_line(f"Predictions of the final network of {relative_to_cwd(finished_run.path)}:")
     for path, probabilities in zip(pictures, trained.predict(torch.stack(images)), strict=True):
         print_line(describe_prediction(str(path), probabilities, trained.class_names))
 
 
-def find_run_dir(name: str | None, runs_dir: Path) -> Path:
-    """Return the run directory of that name or, without a name, of the newest finished run.
+def choose_run(name: str | None, runs_dir: Path) -> FinishedRun:
+    """Return the run of that name or, without a name, the newest finished run.
 
     Raises
     ------
@@ -111,20 +111,20 @@ def find_run_dir(name: str | None, runs_dir: Path) -> Path:
     from comparison.run_reader import find_run, read_runs
 
     if name is not None:
-        return find_run(name, runs_dir).path
+        return find_run(name, runs_dir)
     runs, _ = read_runs(runs_dir)
     if not runs:
         where = relative_to_cwd(runs_dir)
         raise ConfigurationError(f"There is no finished run in {where}: run main_cnn.py first, or use --runs-dir.")
-    return runs[0].path
+    return runs[0]
 
 
-def load_network(run_dir: Path, network: str | None = None) -> TrainedNetwork:
+def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork:
     """Return the final network of a run.
 
     Parameters
     ----------
-    run_dir : Path
+    run : FinishedRun
     network : str, optional
         ``file.py:Class``, if its class is not in models.py.
 
@@ -138,39 +138,41 @@ def load_network(run_dir: Path, network: str | None = None) -> TrainedNetwork:
     from experiment.model_check import is_same_network
     from train_utils import build_network
 
-    where = relative_to_cwd(run_dir)
-    if not (run_dir / "model.pt").is_file():
-        raise ConfigurationError(f"{where} has no model.pt: its final fit diverged, or the file was deleted")
-    try:
-        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        recorded, normalization, mirror = config["identity"]["network"], config["normalization"], config["mirror"]
-        name = recorded["name"]
-        mean, std, class_names = normalization["mean"], normalization["std"], normalization["class_names"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigurationError(f"{where}: config.json is damaged, or written by another version") from None
-    model_class = _class_in_models(name) if network is None else _class_in_file(network)
+    where = relative_to_cwd(run.path)
+    recorded = run.identity.network
+    model_class = _class_in_models(recorded.name) if network is None else _class_in_file(network)
     built = build_network(model_class, torch.device("cpu"))
     try:
-        built.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True))
+        built.load_state_dict(torch.load(run.path / "model.pt", weights_only=True))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{where} has no model.pt: its final fit diverged, or the file was deleted") from None
     except Exception as error:  # a damaged file, or a class that was edited, can raise many types
-        reason = str(error).strip().splitlines()[-1].strip(" .")
+        reason = str(error).splitlines()[-1].strip(" \t.") if str(error) else type(error).__name__
         raise ConfigurationError(
-            f"the parameters in {where} do not fit {name} as it is now ({reason}). Name the class that was trained, as "
-            "in --network file.py:Class"
+            f"the parameters in {where} do not fit {recorded.name} as it is now ({reason}). Name the "
+            "class that was trained, as in --network file.py:Class"
         ) from None
-    if not is_same_network(recorded, model_class):
+    if not is_same_network(recorded.model_dump(), model_class):
         raise ConfigurationError(
-            f"{name} is not the network that was trained in {where} any more, although the parameters fit. Undo the "
-            "edit, name the class that was trained (--network file.py:Class), or name another run (--run)"
+            f"{recorded.name} is not the network that was trained in {where} any more, although the parameters fit. "
+            "Undo the edit, name the class that was trained (--network file.py:Class), or name another run (--run)"
         )
-    return TrainedNetwork(built, mean, std, mirror, class_names)
+    normalization = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["normalization"]
+    return TrainedNetwork(
+        network=built,
+        mean=normalization["mean"],
+        std=normalization["std"],
+        mirror=run.identity.mirror,
+        class_names=normalization["class_names"],
+    )
 
 
 def _class_in_models(name: str) -> Callable[[], nn.Module]:
-    found = getattr(importlib.import_module("models"), name, None)
-    if found is None:
+    import models
+
+    if not hasattr(models, name):
         raise ConfigurationError(f"{name} is not in models.py. Name its file: --network file.py:{name}")
-    return found
+    return getattr(models, name)
 
 
 def _class_in_file(network: str) -> Callable[[], nn.Module]:
@@ -178,16 +180,11 @@ def _class_in_file(network: str) -> Callable[[], nn.Module]:
     file, _, name = network.rpartition(":")
     if not Path(file).is_file():
         raise ConfigurationError(f"--network must be file.py:Class with an existing file, got {network!r}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise ConfigurationError(f"--network must name a Python file, got {file!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # a dataclass looks up its own module there
-    sys.path.append(os.path.dirname(os.path.abspath(file)))  # the file may import its neighbours, as when it is run
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
+    sys.path.append(str(Path(file).resolve().parent))  # it may import its neighbours, as when it is run as a script
+    namespace = runpy.run_path(file)
+    if name not in namespace:
         raise ConfigurationError(f"{file} has no {name}")
-    return getattr(module, name)
+    return namespace[name]
 
 
 def read_picture(path: Path, invert: bool = False) -> Tensor:

@@ -180,7 +180,7 @@ def _get_files(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]
     if name == "Digits":
         return _make_digits()
     folders = [raw_dir]
-    if name == "FashionMNIST" and len(missing) == len(FILE_DIMENSIONS):  # they must not complete a user's own files
+    if name == "FashionMNIST":
         folders.append(DEBIAN_FASHION_MNIST)
     for folder in folders:
         packed = {file: _find_file(f"{file}.gz", folder) for file in missing}
@@ -243,9 +243,7 @@ def _download(name: str, raw_dir: Path, missing: list[str]) -> dict[str, bytes]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, TimeoutError) or "timed out" in reason:
             reason = f"nothing was received for {DOWNLOAD_STALL_SECONDS} seconds"
-    raise DatasetError(
-        f"{name} is not in {raw_dir} and could not be downloaded ({reason}). {_download_advice(name, raw_dir)}"
-    )
+    raise DatasetError(f"{name} is not in {raw_dir} and could not be downloaded ({reason}). {_download_advice(name)}")
 
 
 def _download_with_torchvision(name: str, folder: str) -> None:
@@ -260,18 +258,13 @@ def _download_with_torchvision(name: str, folder: str) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def _download_advice(name: str, raw_dir: Path) -> str:
+def _download_advice(name: str) -> str:
     """Return what the user can do if a data set cannot be downloaded."""
-    place = "there"
-    for folder in (raw_dir.parent, raw_dir.parents[1]):
-        if any(folder.glob("t*?idx?-ubyte*")):
-            place = f"there from {folder}"  # the files are in a folder above it
-            break
     debian = ""
     if name == "FashionMNIST":
         debian = ", or `apt-get install dataset-fashion-mnist` on Debian and Ubuntu"
     files = ", ".join(FILE_DIMENSIONS)
     return (
-        f"Copy its four files ({files}; or their .gz files) {place}{debian}, "
+        f"Copy its four files ({files}; or their .gz files) there{debian}, "
         'or set DATASET = "Digits", which needs no download.'
     )

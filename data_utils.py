@@ -40,9 +40,7 @@ def split(dataset: Dataset, held_out_mask: bytes | None) -> tuple[tuple[Tensor, 
     images, labels = dataset.train_images, dataset.train_labels
     if held_out_mask is None:
         return (images, labels), (dataset.test_images, dataset.test_labels)
-    held_out = torch.from_numpy(
-        np.frombuffer(held_out_mask, dtype=bool).copy()
-    )  # a copy, since tensors need writable memory
+    held_out = torch.tensor(np.frombuffer(held_out_mask, dtype=bool))
     return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
 
 

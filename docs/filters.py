@@ -3,22 +3,25 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
-from comparison.run_reader import FinishedRun, find_run, read_runs
-from data_files import PROJECT_DIR, load_dataset, resolve_path
-from data_utils import Batches, pixel_statistics
+from classify import DEFAULT_RUNS_DIR, TrainedNetwork, choose_run, load_network
+from data_files import load_dataset, resolve_path
+from data_utils import Batches
 from experiment.errors import ConfigurationError, user_errors
 from experiment.files import relative_to_cwd, write_atomically
 from experiment.plots import new_figure, png_bytes
 from models import ConvolutionalNeuralNetwork
 
+if TYPE_CHECKING:
+    from matplotlib.figure import SubFigure
+
 IMAGE = 0  # of the test images: an ankle boot, in Fashion-MNIST
-NAME = ConvolutionalNeuralNetwork.__name__
 
 
 def main() -> None:
@@ -28,75 +31,56 @@ def main() -> None:
         "image. The figure, filters.png, is saved in the run directory."
     )
     parser.add_argument(
-        "run", nargs="?", help="a run directory, or a part of its name (default: the newest finished run of the CNN)"
+        "run", nargs="?", help="a run directory, or a part of its name (default: the newest finished run)"
     )
-    parser.add_argument("--runs-dir", type=Path, default=PROJECT_DIR / "runs", help="the folder with all runs")
+    parser.add_argument("--runs-dir", type=Path, default=DEFAULT_RUNS_DIR, help="the folder with all runs")
     parser.add_argument("--data-dir", default="data", help="the folder with the data sets (default: %(default)s)")
     options = parser.parse_args()
     with user_errors():
-        run = find_run(options.run, options.runs_dir) if options.run else newest_run(options.runs_dir)
-        picture = run.path / "filters.png"
-        write_atomically(picture, draw(load_network(run), run.identity.dataset, options.data_dir))
-        print(f"{relative_to_cwd(picture)} shows the filters of {run.path.name}.")
+        run = choose_run(options.run, options.runs_dir)
+        trained = load_network(run)
+        if not isinstance(trained.network, ConvolutionalNeuralNetwork):
+            raise ConfigurationError(f"{relative_to_cwd(run.path)} did not train the CNN: name a run that did")
+        figure_path = run.path / "filters.png"
+        image = load_test_image(run.identity.dataset, options.data_dir, trained)
+        write_atomically(figure_path, draw(trained.network.eval(), image))
+        print(f"{relative_to_cwd(figure_path)} shows the filters of {run.path.name}.")
 
 
-def newest_run(runs_dir: Path) -> FinishedRun:
-    """Return the newest finished run of the CNN in models.py."""
-    runs, _ = read_runs(runs_dir)
-    for run in runs:
-        if run.identity.network.name == NAME and (run.path / "model.pt").exists():
-            return run
-    where = relative_to_cwd(runs_dir)
-    raise ConfigurationError(f"there is no finished run of the CNN in {where}: run main_cnn.py first, or name a run")
+def load_test_image(dataset_name: str, data_dir: str, trained: TrainedNetwork) -> Tensor:
+    """Return a test image (1, 1, 28, 28), normalized as in training."""
+    dataset = load_dataset(dataset_name, resolve_path(data_dir))
+    one_image, one_label = dataset.test_images[IMAGE][None], dataset.test_labels[IMAGE][None]
+    batches = Batches(one_image, one_label, 1, trained.mean, trained.std, torch.device("cpu"))
+    image, _ = next(iter(batches))
+    return image
 
 
-def load_network(run: FinishedRun) -> ConvolutionalNeuralNetwork:
-    """Return the final network of a run."""
-    network = ConvolutionalNeuralNetwork().eval()
-    try:
-        network.load_state_dict(torch.load(run.path / "model.pt", weights_only=True, map_location="cpu"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{relative_to_cwd(run.path)} has no model.pt: its final fit diverged") from None
-    except RuntimeError:
-        raise ConfigurationError(
-            f"{relative_to_cwd(run.path)} has another network than the {NAME} in models.py"
-        ) from None
-    return network
-
-
-def draw(network: ConvolutionalNeuralNetwork, dataset_name: str, data_dir: str) -> bytes:
+def draw(network: ConvolutionalNeuralNetwork, image: Tensor) -> bytes:
     """Return the figure as a PNG file."""
-    image = first_test_image(dataset_name, data_dir)
     with torch.no_grad():
-        maps = network.conv_stack[:3](image)[0]  # convolution, batch norm, ReLU
+        outputs = network.conv_stack[:3](image)[0]  # convolution, batch norm, ReLU
     filters = network.conv_stack[0].weight.detach()[:, 0]
 
     figure = new_figure(11, 3)
-    columns = (
-        ("an image", image[0], 1),
-        ("32 filters of 3 × 3 weights: blue below 0, red above", filters, 4),
-        ("their outputs for the image, after batch norm and ReLU", maps, 4),
-    )
     parts = figure.subfigures(1, 3, width_ratios=[1, 2, 2])
-    for part, (title, pictures, rows) in zip(parts, columns, strict=True):
-        part.suptitle(title, fontsize=9)
-        for plot, picture in zip(part.subplots(rows, len(pictures) // rows, squeeze=False).flat, pictures, strict=True):
-            largest = picture.abs().max()
-            if pictures is filters:
-                plot.imshow(picture, cmap="coolwarm", vmin=-largest, vmax=largest)
-            else:
-                plot.imshow(picture, cmap="gray")
-            plot.set_axis_off()
+    draw_pictures(parts[0], "an image", image[0], rows=1)
+    draw_pictures(parts[1], "32 filters of 3 × 3 weights: blue below 0, red above", filters, rows=4, signed=True)
+    draw_pictures(parts[2], "their outputs for the image, after batch norm and ReLU", outputs, rows=4)
     return png_bytes(figure)
 
 
-def first_test_image(dataset_name: str, data_dir: str) -> Tensor:
-    """Return a test image (1, 1, 28, 28), normalized as in training."""
-    dataset = load_dataset(dataset_name, resolve_path(data_dir))
-    normal = pixel_statistics(dataset.train_images)
-    batches = Batches(dataset.test_images[IMAGE][None], dataset.test_labels[:1], 1, *normal, torch.device("cpu"))
-    image, _ = next(iter(batches))
-    return image
+def draw_pictures(part: "SubFigure", title: str, pictures: Tensor, rows: int, signed: bool = False) -> None:
+    """Draw pictures (N, height, width) in rows, in greys or, if they are signed, in blue and red."""
+    part.suptitle(title, fontsize=9)
+    panels = part.subplots(rows, len(pictures) // rows, squeeze=False)
+    for panel, picture in zip(panels.flat, pictures, strict=True):
+        if signed:
+            largest = picture.abs().max()
+            panel.imshow(picture, cmap="coolwarm", vmin=-largest, vmax=largest)
+        else:
+            panel.imshow(picture, cmap="gray")
+        panel.set_axis_off()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import http.server
 import os
 import re
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,8 +30,6 @@ from data_files import (
     resolve_path,
 )
 from data_utils import Dataset
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +85,7 @@ def test_files_on_disk_are_loaded_unchanged(tmp_path: Path, digits: Dataset, nam
     assert len(loaded.class_names) == 10
 
 
-def test_a_users_own_uneven_subset_is_accepted(raw: Path, digits: Dataset) -> None:
+def test_users_own_uneven_subset_is_accepted(raw: Path, digits: Dataset) -> None:
     keep = (digits.train_labels < 3) | (torch.arange(len(digits.train_labels)) % 7 == 0)
     (raw / TRAIN_IMAGES).write_bytes(idx(digits.train_images[keep].numpy()))
     (raw / TRAIN_LABELS).write_bytes(idx(digits.train_labels[keep].numpy()))
@@ -114,12 +111,7 @@ def test_files_named_with_a_dot_are_loaded(raw: Path, digits: Dataset, packed: b
     assert given.items() <= {path.name: path.read_bytes() for path in raw.iterdir()}.items()
 
 
-def test_a_file_without_a_dot_is_preferred(raw: Path, digits: Dataset) -> None:
-    (raw / TRAIN_IMAGES.replace("-idx", ".idx")).write_text("something else")
-    assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
-
-
-def test_a_damaged_file_named_with_a_dot_is_named_in_the_message(raw: Path) -> None:
+def test_damaged_file_named_with_a_dot_is_named_in_the_message(raw: Path) -> None:
     dotted = raw / TRAIN_IMAGES.replace("-idx", ".idx")
     (raw / TRAIN_IMAGES).rename(dotted)
     dotted.write_bytes(dotted.read_bytes()[:-1])
@@ -127,17 +119,7 @@ def test_a_damaged_file_named_with_a_dot_is_named_in_the_message(raw: Path) -> N
         load_dataset("FashionMNIST", raw.parents[1])
 
 
-@pytest.mark.parametrize("place", [".", "FashionMNIST"])
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_files_in_a_folder_above_are_pointed_out(raw: Path, no_network: None, place: str, ending: str) -> None:
-    data_dir = raw.parents[1]
-    for name in data_files.FILE_DIMENSIONS:
-        (raw / name).rename(data_dir / place / (name + ending))
-    with pytest.raises(DatasetError, match=f"Copy its four files .* there from {data_dir / place}, or"):
-        load_dataset("FashionMNIST", data_dir)
-
-
-def test_a_data_folder_that_is_a_file_is_named(tmp_path: Path, no_network: None) -> None:
+def test_data_folder_that_is_a_file_is_named(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "data").write_text("no folder")
     with pytest.raises(DatasetError, match=f"could not be downloaded .*{tmp_path / 'data'}"):
         load_dataset("FashionMNIST", tmp_path / "data")
@@ -154,104 +136,56 @@ def test_debians_package_fills_an_empty_folder(
     assert_same(load_dataset("FashionMNIST", tmp_path / "data"), digits)
 
 
-def test_debians_package_does_not_complete_a_users_own_files(
-    raw: Path, tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, no_network: None
-) -> None:
-    package = tmp_path / "package"
-    package.mkdir()
-    for name, content in idx_files(digits).items():
-        (package / f"{name}.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(data_files, "DEBIAN_FASHION_MNIST", package)
-    (raw / TEST_LABELS).unlink()
-    with pytest.raises(DatasetError, match="could not be downloaded"):
-        load_dataset("FashionMNIST", raw.parents[1])
-
-
 @pytest.mark.parametrize(
     ("name", "change", "why"),
     [
-        (TRAIN_IMAGES, lambda content: content[:-1], "it is 1126623 bytes long, but by its header"),
-        (TRAIN_IMAGES, lambda content: content + b"x", "it is 1126625 bytes long, but by its header"),
-        (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:], "it begins with 1f8b0803 instead of 00000803"),
-        (TEST_LABELS, lambda content: b"", "it is only 0 bytes long"),
-        (TEST_IMAGES, lambda content: content[:10], "it is only 10 bytes long"),
-        (TEST_LABELS, lambda content: content[:-1], "it is 367 bytes long, but by its header it should be 368"),
         (
             TRAIN_IMAGES,
-            lambda content: content[:4] + b"\xff" * 12,
-            f"it is 16 bytes long, but by its header it should be {16 + (2**32 - 1) ** 3}",
+            lambda content: content[:-1],
+            "it is 1126623 bytes long, but by its header it should be 1126624",
         ),
+        (TEST_LABELS, lambda content: content + b"x", "it is 369 bytes long, but by its header it should be 368"),
+        (TEST_IMAGES, lambda content: content[:4] + b"\xff" * 12, f"it should be {16 + (2**32 - 1) ** 3}"),
+        (TEST_IMAGES, lambda content: content[:10], "it is only 10 bytes long"),
+        (TEST_LABELS, lambda content: b"", "it is only 0 bytes long"),
+        (TEST_IMAGES, lambda content: b"\x1f\x8b" + content[2:], "it begins with 1f8b0803 instead of 00000803"),
         (TEST_IMAGES, lambda content: idx(np.zeros(360)), "it begins with 00000801 instead of 00000803"),
+        (TEST_IMAGES, lambda content: idx(np.zeros((360, 20, 24))), "its images are 20×24, but must be 28×28"),
+        (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28))), "it is empty"),
         (TRAIN_LABELS, lambda content: idx(np.zeros(5)), "it contains 5 labels for 1437 images"),
         (TEST_LABELS, lambda content: idx(np.zeros(361)), "it contains 361 labels for 360 images"),
-        (
-            TRAIN_LABELS,
-            lambda content: content[:-1] + b"\xff",
-            "it contains the label 255, but the largest is 9",
-        ),
-        (TEST_LABELS, lambda content: content[:-1] + b"\x0a", "it contains the label 10, but the largest is 9"),
-        (
-            TEST_IMAGES,
-            lambda content: idx(np.zeros((360, 20, 24))),
-            "its images are 20×24, but must be 28×28",
-        ),
-        (TEST_IMAGES, lambda content: idx(np.zeros((0, 28, 28))), "it is empty"),
-    ],
-    ids=[
-        "cut off",
-        "too long",
-        "still packed",
-        "no byte",
-        "header cut off",
-        "labels cut off",
-        "header asks for the impossible",
-        "labels in the place of images",
-        "too few labels",
-        "too many labels",
-        "label 255",
-        "label 10",
-        "20x24",
-        "no image",
+        (TRAIN_LABELS, lambda content: content[:-1] + b"\x0a", "it contains the label 10, but the largest is 9"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_reason_and_what_to_do(
+def test_damaged_file_is_named_with_the_reason_and_what_to_do(
     raw: Path, name: str, change: Callable[[bytes], bytes], why: str
 ) -> None:
     (raw / name).write_bytes(change((raw / name).read_bytes()))
     with pytest.raises(DatasetError) as error:
         load_dataset("FashionMNIST", raw.parents[1])
-    assert str(error.value).startswith(f"{raw / name} is damaged: {why}")
-    assert "Delete this file and, unless they are your own, the other three beside it" in str(error.value)
-
-
-def test_a_truncated_packed_file_is_named_and_leaves_no_incomplete_file(raw: Path) -> None:
-    packed = raw / f"{TRAIN_IMAGES}.gz"
-    packed.write_bytes(gzip.compress((raw / TRAIN_IMAGES).read_bytes())[:-100])
-    (raw / TRAIN_IMAGES).unlink()
-    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged.*Delete"):
-        load_dataset("FashionMNIST", raw.parents[1])
-    assert not (raw / TRAIN_IMAGES).exists()
+    message = str(error.value)
+    assert message.startswith(f"{raw / name} is damaged: ") and why in message
+    assert "Delete this file and, unless they are your own, the other three beside it" in message
 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda packed: b"<html>503</html>", lambda packed: packed[:-8] + bytes(8), lambda packed: packed + b"rest"],
-    ids=["not packed at all", "wrong checksum", "too long"],
+    [
+        lambda packed: b"<html>503</html>",
+        lambda packed: packed[:-100],
+        lambda packed: packed[:-8] + bytes(8),  # another checksum
+        lambda packed: packed + b"rest",
+        lambda packed: gzip.compress(gzip.decompress(packed)[:-5]),
+    ],
 )
-def test_a_damaged_packed_file_is_named_with_the_reason_and_what_to_do(
+def test_damaged_packed_file_is_named_and_leaves_no_incomplete_file(
     raw: Path, change: Callable[[bytes], bytes]
 ) -> None:
     (raw / f"{TRAIN_IMAGES}.gz").write_bytes(change(gzip.compress((raw / TRAIN_IMAGES).read_bytes())))
     (raw / TRAIN_IMAGES).unlink()
-    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged: .*(gzip|CRC).*Delete"):
+    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz is damaged: .*Delete"):
         load_dataset("FashionMNIST", raw.parents[1])
-
-
-def test_a_packed_file_with_damaged_content_is_named(raw: Path) -> None:
-    (raw / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress((raw / TRAIN_IMAGES).read_bytes()[:-5]))
-    (raw / TRAIN_IMAGES).unlink()
-    with pytest.raises(DatasetError, match=f"{TRAIN_IMAGES}.gz"):
-        load_dataset("FashionMNIST", raw.parents[1])
+    assert not (raw / TRAIN_IMAGES).exists()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +216,7 @@ def test_the_message_without_data_and_network_says_what_to_do(
         (ConnectionResetError(), "ConnectionResetError"),
     ],
 )
-def test_a_failed_download_is_one_line_with_the_reason(
+def test_failed_download_is_one_line_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, error: Exception, reason: str
 ) -> None:
     def fail(folder: str, download: bool) -> None:
@@ -293,7 +227,7 @@ def test_a_failed_download_is_one_line_with_the_reason(
         load_dataset("FashionMNIST", tmp_path / "data")
 
 
-def test_a_download_from_a_silent_server_is_aborted(
+def test_download_from_a_silent_server_is_aborted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr(data_files, "DOWNLOAD_STALL_SECONDS", 1)
@@ -304,7 +238,7 @@ def test_a_download_from_a_silent_server_is_aborted(
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_a_download_that_stalls_leaves_no_incomplete_file(
+def test_download_that_stalls_leaves_no_incomplete_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
     monkeypatch.setattr(data_files, "DOWNLOAD_STALL_SECONDS", 1)
@@ -337,7 +271,7 @@ def test_a_download_that_stalls_leaves_no_incomplete_file(
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_a_download_restores_the_socket_timeout(tmp_path: Path, no_network: None) -> None:
+def test_download_restores_the_socket_timeout(tmp_path: Path, no_network: None) -> None:
     socket.setdefaulttimeout(7)
     try:
         with pytest.raises(DatasetError):
@@ -347,13 +281,13 @@ def test_a_download_restores_the_socket_timeout(tmp_path: Path, no_network: None
         socket.setdefaulttimeout(None)
 
 
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+def test_folder_without_permission_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"^{tmp_path}/x*/FashionMNIST/raw/.* cannot be read .File name too long"):
         load_dataset("FashionMNIST", tmp_path / ("x" * 300))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that can be found but not read")
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(raw: Path) -> None:
+def test_file_that_cannot_be_read_is_named_with_the_reason(raw: Path) -> None:
     (raw / TRAIN_IMAGES).unlink()
     (raw / TRAIN_IMAGES).symlink_to("/proc/self/mem")
     with pytest.raises(DatasetError, match=f"^{raw / TRAIN_IMAGES} cannot be read .Input/output error.\\.$"):
@@ -368,20 +302,12 @@ def test_only_a_path_with_a_tilde_needs_a_home_directory() -> None:
 
 @pytest.mark.slow
 def test_four_processes_that_start_without_data_all_load_it(tmp_path: Path, digits: Dataset) -> None:
-    code = f"import data_utils; print(data_files.load_dataset('Digits', {str(tmp_path / 'data')!r}).digest())"
+    code = f"import data_files; print(data_files.load_dataset('Digits', {str(tmp_path / 'data')!r}).digest())"
     processes = [start_python(tmp_path, "-c", code) for _ in range(4)]
     assert [finish(process)[0] for process in processes] == [digits.digest() + "\n"] * 4
     assert sorted(path.name for path in (tmp_path / "data" / "Digits" / "raw").iterdir()) == sorted(
         data_files.FILE_DIMENSIONS
     )
-
-
-def test_a_data_set_is_created_without_a_temporary_folder(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    assert load_dataset("Digits", tmp_path / "data").digest() == digits.digest()
-    assert (tmp_path / "data" / "Digits" / "raw" / TEST_LABELS).exists()
 
 
 SMALL_SETS = {  # classes of the training images, of the test images
@@ -396,7 +322,7 @@ SMALL_SETS = {  # classes of the training images, of the test images
 
 
 @pytest.mark.parametrize("kind", ["two classes", *slow(*list(SMALL_SETS)[1:])])
-def test_a_run_on_a_tiny_data_set_has_finite_results(kind: str, tmp_path: Path, configure: Configure) -> None:
+def test_run_on_a_tiny_data_set_has_finite_results(kind: str, tmp_path: Path, configure: Configure) -> None:
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for labels, images_file, labels_file in zip(
@@ -423,7 +349,7 @@ def file_server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])
-def test_a_download_is_loaded(
+def test_download_is_loaded(
     tmp_path: Path,
     digits: Dataset,
     monkeypatch: pytest.MonkeyPatch,
@@ -445,7 +371,7 @@ def test_a_download_is_loaded(
         assert capsys.readouterr().out == f"Downloading {name} …\n"
 
 
-def test_a_download_works_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None) -> None:
+def test_download_works_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as nobody:
@@ -456,7 +382,7 @@ def test_a_download_works_without_a_terminal(tmp_path: Path, monkeypatch: pytest
             nobody.close()
 
 
-def test_a_download_with_another_checksum_is_refused(
+def test_download_with_another_checksum_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, file_server: str
 ) -> None:
     (tmp_path / "served" / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress(b"other bytes"))

@@ -43,16 +43,11 @@ def test_the_length_is_the_number_of_batches(images: int, training: bool) -> Non
     assert len(batches) == len(list(batches))
 
 
-def test_images_stay_bytes_in_memory(digits: Dataset) -> None:
-    batches = Batches(digits.train_images, digits.train_labels, 64, 0.5, 0.25, CPU, training=True)
-    next(iter(batches))
-    assert batches.images.dtype == torch.uint8
-
-
-def test_making_batches_leaves_the_images_as_they_are(digits: Dataset) -> None:
+def test_images_stay_unchanged_bytes_in_memory(digits: Dataset) -> None:
     before = digits.test_images.clone()
-    list(Batches(digits.test_images, digits.test_labels, 64, 0.5, 0.25, CPU))
-    assert torch.equal(digits.test_images, before)
+    batches = Batches(digits.test_images, digits.test_labels, 64, 0.5, 0.25, CPU, training=True, mirror=True)
+    list(batches)
+    assert batches.images.dtype == torch.uint8 and torch.equal(batches.images, before)
 
 
 def test_mirroring_mirrors_another_half_of_the_images_each_time() -> None:
@@ -85,22 +80,17 @@ def test_only_training_leaves_out_a_last_batch_of_one(training: bool, sizes: lis
     assert len(batches) == len(sizes)
 
 
-def test_batches_are_normalised_floats_with_a_channel() -> None:
+def test_batches_are_normalized_floats_with_a_channel() -> None:
     images, labels = next(iter(make_batches(10, 4, training=False)))
     assert images.shape == (4, 1, 28, 28) and images.dtype == torch.float32
     torch.testing.assert_close(images[:, 0, 0, 0], (labels / 255 - 0.5) / 0.25)
 
 
-def test_a_batch_size_above_the_images_gives_one_batch() -> None:
+def test_batch_size_above_the_images_gives_one_batch() -> None:
     assert [len(labels) for _, labels in make_batches(10, 10**30, training=True)] == [10]
 
 
-def test_pixel_statistics_are_mean_and_standard_deviation(digits: Dataset) -> None:
-    pixels = digits.train_images.numpy() / 255
-    assert pixel_statistics(digits.train_images) == pytest.approx((pixels.mean(), pixels.std()))
-
-
-def test_pixel_statistics_count_every_image_of_many() -> None:
+def test_pixel_statistics_are_mean_and_standard_deviation() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5000, 28, 28), dtype=np.uint8))
     pixels = images.numpy() / 255
     assert pixel_statistics(images) == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
@@ -112,11 +102,11 @@ def test_images_of_a_single_grey_are_divided_by_one(grey: int) -> None:
 
 
 def test_held_out_images_are_evaluated_on_and_the_others_trained_on(digits: Dataset) -> None:
-    held = np.random.default_rng(0).random(len(digits.train_labels)) < 0.3
-    (images, labels), (other_images, other_labels) = split(digits, held.tobytes())
-    assert torch.equal(images, digits.train_images[~held]) and torch.equal(labels, digits.train_labels[~held])
-    assert torch.equal(other_images, digits.train_images[held])
-    assert torch.equal(other_labels, digits.train_labels[held])
+    held_out = np.random.default_rng(0).random(len(digits.train_labels)) < 0.3
+    (images, labels), (other_images, other_labels) = split(digits, held_out.tobytes())
+    assert torch.equal(images, digits.train_images[~held_out]) and torch.equal(labels, digits.train_labels[~held_out])
+    assert torch.equal(other_images, digits.train_images[held_out])
+    assert torch.equal(other_labels, digits.train_labels[held_out])
 
 
 def test_without_a_mask_all_images_are_trained_on_and_the_test_images_evaluated_on(digits: Dataset) -> None:
@@ -124,8 +114,8 @@ def test_without_a_mask_all_images_are_trained_on_and_the_test_images_evaluated_
     assert images is digits.train_images and test_images is digits.test_images
 
 
-def test_batches_are_made_on_the_device_that_trains() -> None:
-    meta = torch.device("meta")  # which is on every machine, and computes nothing
+def test_batches_are_created_on_the_device() -> None:
+    meta = torch.device("meta")  # available everywhere, and computes nothing
     pixels = torch.zeros(10, 28, 28, dtype=torch.uint8)
     batches = Batches(pixels, torch.arange(10), 4, 0.5, 0.25, meta, training=True, mirror=True)
     assert {part.device for batch in batches for part in batch} == {meta}
