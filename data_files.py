@@ -117,7 +117,7 @@ def cached_dataset(name: str, data_dir: str | Path, digest: str) -> Dataset:
 
 
 def _find_file(file: str, folder: Path) -> Path:
-    """Return the path of a file: with its own name or, as some mirrors and unpackers name it, with a dot in it."""
+    """Return the path of a file: with its own name or, as some unpackers name it, with a dot in it."""
     path = folder / file
     dotted = folder / file.replace("-idx", ".idx")
     if _is_file(dotted) and not _is_file(path):

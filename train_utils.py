@@ -27,7 +27,7 @@ EVALUATION_BATCH_SIZE = 256  # larger batches do not fit into the processor's ca
 CHANNELS_LAST = torch.channels_last  # the memory layout in which convolutions are faster
 State = dict[str, Any]  # state dicts of "model", "optimizer" and "scheduler"
 Metrics = dict[str, Any]  # of one epoch, by the names under which they are logged
-_process_lock = threading.Lock()  # a process has one random generator and one number of threads
+_process_lock = threading.Lock()  # threads take turns: the random generator and the thread count are global
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def train_loop(
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
-        losses.append(loss.detach())  # averaged at the end: reading a value here would make a GPU wait
+        losses.append(loss.detach())  # averaged at the end: reading a value here would synchronize a GPU in every step
         correct.append((logits.argmax(1) == labels).sum())
         sizes.append(len(labels))
     return _mean_per_sample(losses, sizes), torch.stack(correct).sum().item() / sum(sizes)
@@ -165,7 +165,7 @@ def test_loop(
     for images, labels in dataloader:
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             logits = model(images).float()
-            if mirror:  # log of the sum of both probabilities: the softmax of it is their mean
+            if mirror:  # logaddexp gives log(p1 + p2), and the softmax of that is their mean
                 logits = logits.log_softmax(1).logaddexp(model(images.flip(-1)).float().log_softmax(1))
         losses.append(loss_fn(logits, labels))
         all_labels.append(labels)
@@ -264,7 +264,7 @@ def load_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer,
     """Continue from a state: load copies of its tensors, in the memory layout of the model's parameters.
 
     ``Adam(fused=True)`` reads parameters and moments as flat memory. If a moment arrives in another layout, as it may
-    from Dask, it computes something else.
+    from Dask, it computes wrong updates without an error.
     """
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -319,7 +319,7 @@ def isolated_rng(threads: int, seed: int, device: torch.device) -> Iterator[None
 
 
 class RemoteError:
-    """An exception that a call raised, as a value: whatever an executor raises is then the executor's own failure."""
+    """An exception as a return value, so that an exception of a future always means that the executor failed."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -337,7 +337,7 @@ class RemoteError:
 
 
 def _unpickle_error(pickled: bytes, places: list[tuple[str, int, str]]) -> RemoteError:
-    """Return another process's error with its traceback as a note; the source lines are read here."""
+    """Return another process's error with its traceback as a note; the source lines come from this process's files."""
     error = pickle.loads(pickled)
     stack = traceback.StackSummary.from_list([(file, line, name, None) for file, line, name in places])
     error.add_note("In a worker process, most recent call last:\n" + "".join(stack.format()).rstrip())
@@ -424,9 +424,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _pool_then_relu(pooling: nn.Module | None, images: Tensor) -> Tensor:
-    """Return max pooling after ReLU, computed in the other order, in which ReLU sees fewer values."""
+    """Return the same as max pooling after ReLU, computed as ReLU after max pooling: fewer values for ReLU."""
     assert pooling is not None
-    return torch.threshold(pooling(images), 0, 0)  # ReLU; a later in-place operation may not change torch.relu's result
+    return torch.threshold(pooling(images), 0, 0)  # ReLU that allows a later in-place operation
 
 
 def _preserve_gradient_layout(images: Tensor) -> None:

@@ -18,7 +18,8 @@ MAX_LAYER_WIDTH = 40  # characters of a layer that was added, removed or replace
 class Change:
     """One change between two runs, such as ``MIRROR False → True`` or ``Dropout(p=0.5 → 0.2)``.
 
-    `distance` is how many changes it counts for: 1, or for another network class the number of changed lines.
+    `distance` is its weight in the distance between two runs: 1, or for another network class the number of changed
+    lines.
     """
 
     text: str
@@ -155,7 +156,7 @@ def comparable(before: FinishedRun, after: FinishedRun) -> bool:
 def nearest_run(run: FinishedRun, runs: Sequence[FinishedRun]) -> FinishedRun | None:
     """Return the comparable run with the fewest changes, the newest of several; None if there is none.
 
-    Changing one thing at a time therefore always shows what that one thing did, also after an undo.
+    If one thing is changed at a time, the comparison therefore shows the effect of that one thing.
     """
     others = [other for other in runs if other.path != run.path and comparable(other, run)]
     newest_first = sorted(others, key=lambda other: other.finished, reverse=True)

@@ -20,7 +20,7 @@ def draw_panel(
 
     rows = np.arange(len(differences))
     for row in rows[1::2]:
-        panel.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)  # guides the eye to the label
+        panel.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)
     panel.axvline(0, color="black", linewidth=1)
     for row, difference in zip(rows, differences, strict=True):
         in_folds = difference.per_fold
@@ -48,7 +48,7 @@ def _limit_axis(panel: "Axes", differences: Sequence[MetricDifference]) -> None:
     """Set the limits of the axis, with 0 in the middle.
 
     Rows that extend ten times as far as the median row are cut off at the edge, with an arrow and their mean: one run
-    with a very bad result must not squeeze all others onto 0.
+    with a very bad result must not compress all others around 0.
     """
     from experiment.plots import ORANGE
 

@@ -214,7 +214,7 @@ def _read_json(path: Path, model: type[Model]) -> Model:
         problem = _problem(error)
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-    raise ConfigurationError(f"{display_path(path.parent)} cannot be compared: {path.name} {problem}.")
+    raise ConfigurationError(f"{display_path(path.parent)} cannot be read: {path.name} {problem}.")
 
 
 def _problem(error: ValidationError) -> str:

@@ -1,1 +1,1 @@
-"""One run, from its settings to its report; all of it in the process that the user started."""
+"""One run, from its settings to its report; only the epochs may be computed in other processes."""

@@ -1,7 +1,7 @@
 """Exceptions, exit status and signals.
 
-Training, data and the results on disk may end a run; nothing else may. A failure elsewhere (Weights & Biases, the
-progress bar, a plot, the terminal) costs one line of warning.
+Only a failure in the configuration, the data, the training or the results on disk ends a run. Any other failure
+(Weights & Biases, the progress bar, a plot, the terminal) prints one line.
 """
 
 import io
@@ -90,8 +90,9 @@ def _in_notebook() -> bool:
 def _usable_standard_streams() -> Iterator[None]:
     """Provide all three standard streams, able to print any text.
 
-    If one is closed (``2>&-``), it is None in Python, and the next file that is opened, such as a checkpoint, gets the
-    stream's number and everything that is printed. A redirected stream on Windows may lack the characters of a table.
+    If one is closed (``2>&-``), it is None in Python. The next file that is opened, such as a checkpoint, would get its
+    file descriptor, and with it everything that is printed. A redirected stream on Windows may lack the characters of a
+    table.
     """
     with ExitStack() as restore:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -153,7 +154,7 @@ def nonfatal(what: str) -> Iterator[None]:
 
 
 def end_traceback_at_user_code(error: Exception, *program_paths: str) -> None:
-    """Cut the traceback of an error after its last line outside these files and folders, which is the user's own."""
+    """Drop the frames of a traceback after the last one of the user's code, which is outside these paths."""
     prefixes = tuple(path if path.endswith(".py") else os.path.join(path, "") for path in program_paths)
     trace, last_of_user = error.__traceback__, None
     while trace is not None:

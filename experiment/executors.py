@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # The parent's sys.path comes first: a folder named "experiment" in the working directory must not be imported.
 BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; import experiment.executors; experiment.executors.serve()"
-MESSAGE_MAGIC = b"\0experiment.executors\0"  # starts each message: a debugger may print before a worker listens
+MESSAGE_MAGIC = b"\0experiment.executors\0"  # starts each message: a debugger may print before a worker reads its pipe
 PROJECT_MODULES = ("experiment", "comparison", "train_utils", "data_utils", "data_files")  # workers can import them
 
 
@@ -136,7 +136,7 @@ class WorkerProcesses(Executor):
         try:
             _send(process.stdin, message)
             reply = _receive(process.stdout)
-        except (OSError, EOFError, ValueError):  # ValueError: the pipes are closed, as no new worker could be started
+        except (OSError, EOFError, ValueError):  # ValueError: the pipes are closed, since restarting the worker failed
             _terminate(process)
             with self._lock:
                 if not self._closed:
@@ -261,7 +261,7 @@ def _reduce_code(code: CodeType) -> tuple[Any, ...]:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """cloudpickle's pickler, except that code keeps its file name, so that an error can show the user's line."""
+    """cloudpickle's pickler, but code objects keep their file name, so that a traceback can show the user's line."""
 
     dispatch_table = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
 

@@ -35,7 +35,7 @@ class ModelSummary:
         The number of trainable parameters.
     fingerprint : list of float
         The logits of a few fixed random images, in training and in evaluation mode, of the network built from a fixed
-        seed. It shows what source code does not: a helper function, a constant, an initialisation.
+        seed. It changes with what `printed` does not show: a helper function, a constant, an initialisation.
     """
 
     name: str

@@ -61,7 +61,7 @@ def png_bytes(figure: Figure, dpi: float = 110) -> bytes:
 
 
 class GrowingCurves:
-    """Redraws learning_curves.png during training, as often as at most 1 % of the time allows.
+    """Redraws learning_curves.png during training, and spends at most 1 % of the time on that.
 
     Parameters
     ----------

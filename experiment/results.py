@@ -179,7 +179,7 @@ def _compute_metrics(
     report = classification_report(
         labels, predictions, labels=present, target_names=list(class_names.values()), output_dict=True, zero_division=0
     )
-    report.pop("micro avg", None)  # replaces the accuracy if a class without images was predicted
+    report.pop("micro avg", None)  # there instead of the accuracy if a class without images was predicted
     accuracy = report["accuracy"] = compute_accuracy(labels, probabilities)
     confusion = confusion_matrix(labels, predictions, labels=present).tolist()
     return FitResult(name, loss, accuracy, report, history, confusion)

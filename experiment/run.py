@@ -1,4 +1,4 @@
-"""A whole experiment: K-fold cross-validation, then a final fit and its test; prepared, trained and published."""
+"""A whole experiment: K-fold cross-validation, then a final fit and its test; prepared, trained, saved and logged."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -45,8 +45,8 @@ def run_experiment(
     data_files.DatasetError
         If the data set cannot be loaded.
     RunError
-        If a loss is no longer finite (all other fits are finished and saved), workers die again and again, or a file
-        cannot be written.
+        If a loss is no longer finite (all other fits are finished and saved), worker processes are killed repeatedly,
+        or a file cannot be written.
     Exception
         Whatever the network raises.
     """

@@ -34,7 +34,7 @@ class RunDirectory:
     resumed : bool
         Whether the folder is that of an earlier, unfinished run.
     wandb_id : str
-        The first part of the ids of the run's W&B runs.
+        The run's id: a part of the ids of its W&B runs, and in its checkpoints.
 
     Raises
     ------
@@ -57,7 +57,11 @@ class RunDirectory:
                 "RUNS_DIR."
             ) from None
         if not self.resumed:
-            self.save("config.json", to_json(experiment.config_record | {"wandb_id": self.wandb_id}))
+            try:
+                self.save("config.json", to_json(experiment.config_record | {"wandb_id": self.wandb_id}))
+            except BaseException as error:  # an interruption, too
+                self.__exit__(type(error))
+                raise
 
     def _find_unfinished(self, runs_dir: Path, stem: str, experiment: Experiment) -> Path | None:
         """Lock and return the newest unfinished folder of the same identity, if there is one."""
@@ -151,9 +155,7 @@ class RunDirectory:
             If it cannot be written.
         """
         if not self.path.is_dir():
-            raise RunError(
-                f"{relative_to_cwd(self.path)} was deleted while the run was on. Run the same command again."
-            )
+            raise RunError(f"{relative_to_cwd(self.path)} was deleted during the run. Run the same command again.")
         write_atomically(self.path / name, content)
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -176,16 +178,15 @@ class RunDirectory:
 
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
         """Unlock the folder; after an error, print how to resume, or delete it if no epoch was finished."""
-        self._lock.release()
         was_deleted = not self.path.is_dir()
-        if exception_type is None or was_deleted or (self.path / "results.json").exists():
-            return
-        if self._checkpoints():
-            where = relative_to_cwd(self.path)
-            warn(f"Every finished epoch is saved in {where}: the same command, with RESUME = True, resumes the run.")
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)
-            warn("No epoch was finished, so nothing is saved: the same command starts from the beginning.")
+        if exception_type is not None and not was_deleted and not (self.path / "results.json").exists():
+            if self._checkpoints():
+                where = relative_to_cwd(self.path)
+                warn(f"Every finished epoch is saved in {where}: the same command, with RESUME = True, resumes the run.")
+            else:  # deleted before it is unlocked, so that no other process resumes it
+                shutil.rmtree(self.path, ignore_errors=True)
+                warn("No epoch was finished, so nothing is saved: the same command starts from the beginning.")
+        self._lock.release()
 
 
 def serialize(content: dict[str, Any]) -> bytes:

@@ -92,7 +92,7 @@ class TrainingConfig:
         try:
             return handler(values)
         except pydantic.ValidationError as error:
-            lines = dict.fromkeys(_error_line(each) for each in error.errors())  # a union has one error per member
+            lines = dict.fromkeys(_error_line(each) for each in error.errors())  # a union has one error per type
             raise PydanticCustomError("settings", "{lines}", {"lines": "\n".join(lines)}) from None
 
     @classmethod

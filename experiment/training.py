@@ -1,4 +1,4 @@
-"""The loop over epochs: submit each to the executor, save and log its result, repeat it if it was lost."""
+"""The loop over epochs: submit each to the executor, save and log its result, repeat it if the executor failed."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last e
 
 
 def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs: WandbRuns) -> dict[str, Checkpoint]:
-    """Train all fits side by side, from their checkpoints to their last epoch, and save the final model.
+    """Train all fits concurrently, from their checkpoints to their last epoch, and save the final model.
 
     Returns
     -------

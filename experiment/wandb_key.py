@@ -39,8 +39,8 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
     """Return the mode, the API key and the sweep of an experiment; remove the sweep from the environment.
 
     W&B's environment variables WANDB_DISABLED and WANDB_MODE override the setting, in this order. "auto" is online with
-    a key and offline without. A server that does not respond as expected costs one line, and the run is logged offline.
-    A trial of a sweep needs the server.
+    a key and offline without. A server that does not respond as expected is reported in one line, and the run is logged
+    offline. A trial of a sweep needs the server.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def find_api_key(key_path: Path, base_url: str) -> tuple[str | None, str]:
     """Return the API key and where it was found: environment, key file, or the .netrc that ``wandb login`` writes.
 
     In the key file, blank lines and lines that start with ``#`` are ignored. Quotes around the key, ``WANDB_API_KEY=``
-    before it and PowerShell's UTF-16 are understood.
+    before it and PowerShell's UTF-16 are accepted.
 
     Raises
     ------

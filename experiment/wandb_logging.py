@@ -35,7 +35,7 @@ class WandbRuns:
 
     W&B writes into the run's folder only, and environment and hooks of the process are restored. No failure of W&B ends
     the experiment. If logging online fails, all runs are logged again from the first epoch, offline; if that fails, the
-    rest is not logged. Either costs one line. A trial of a sweep is not logged again: the sweep needs the server.
+    rest is not logged. Each of these prints one line. A trial of a sweep is not logged again: the sweep needs the server.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ class WandbRuns:
             _log_images_and_model(self._runs["final"], result, result.final)
         failed = set(result.failures)
         if self._sweep and failed:
-            failed.add("final")  # without a mean: the mean over the other folds would mislead the search
+            failed.add("final")  # it then reports no mean: the mean over the other folds would mislead the search
         else:
             summary = {f"cross_validation/{name}": value for name, value in result.cross_validation.items()}
             self._runs["final"].summary.update(summary)

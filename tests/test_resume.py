@@ -46,16 +46,6 @@ def test_a_damaged_checkpoint_is_reported_and_its_fit_starts_from_the_beginning(
     assert result.run_dir == unfinished and computed(unfinished) == undisturbed
 
 
-@pytest.mark.slow
-def test_a_truncated_checkpoint_is_reported(
-    unfinished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = next(unfinished.glob("*.pt"))
-    path.write_bytes(path.read_bytes()[:-1000])
-    configure(main_tutorial, **SETTINGS).main()
-    assert f"{path.stem} starts from the beginning" in capsys.readouterr().err
-
-
 def test_a_checkpoint_of_another_fit_is_not_used(
     unfinished: Path, configure: Configure, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,11 +29,6 @@ from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import Fit
 
 
-@pytest.mark.slow
-def test_a_second_run_gives_the_same_bits(cnn_result: ExperimentResult, configure: Configure) -> None:
-    assert computed(configure(main_cnn, WORKERS=2).main().run_dir) == computed(cnn_result.run_dir)
-
-
 def test_one_worker_gives_the_same_bits_as_two(cnn_result: ExperimentResult, configure: Configure) -> None:
     assert computed(configure(main_cnn, WORKERS=1).main().run_dir) == computed(cnn_result.run_dir)
 
@@ -111,6 +106,7 @@ def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, confi
         assert [row["epoch"] for row in content["folds"][0]["history"]] == [1, 2]
         assert len(content["failures"]) == 3 and "final diverged in epoch 1" in content["failures"]["final"]
         assert content["folds"][0]["name"] not in str(error.value)
+        assert not (run_dirs(tmp_path)[-1] / "model.pt").exists()
 
 
 @pytest.mark.parametrize("kind", ["threads", *slow("processes")])
@@ -144,22 +140,6 @@ def test_a_broken_executor_is_one_line(configure: Configure, capsys: pytest.Capt
     assert errors.count("The run failed: ") == 1 and "Traceback" not in errors
 
 
-class OneMoreLayer(ConvolutionalNeuralNetwork):
-    """The CNN with another convolution, batch norm and activation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_stack.extend([nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.GELU()])
-
-
-class LayersTakenOut(ConvolutionalNeuralNetwork):
-    """The CNN without its last batch norm and ReLU and without dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.conv_stack[9:], self.fc_stack[8], self.fc_stack[4]
-
-
 class Lazy(nn.Module):
     """A network whose last layer gets its size from the first batch."""
 
@@ -173,16 +153,15 @@ class Lazy(nn.Module):
         return self.last(self.conv(images).relu().flatten(1))
 
 
-@pytest.mark.parametrize("network", [Lazy, *slow(OneMoreLayer, LayersTakenOut)])
-def test_any_network_trains_with_the_same_bits_for_any_number_of_workers(
-    network: type[nn.Module], configure: Configure, tmp_path: Path
+def test_a_network_with_lazy_layers_trains_with_the_same_bits_for_any_number_of_workers(
+    configure: Configure, tmp_path: Path
 ) -> None:
     results = []
     for workers in (1, 2):
-        script = configure(main_cnn, ConvolutionalNeuralNetwork=network, EPOCHS=1, WORKERS=workers, BATCH_SIZE=256)
+        script = configure(main_cnn, ConvolutionalNeuralNetwork=Lazy, EPOCHS=1, WORKERS=workers, BATCH_SIZE=256)
         results.append(computed(script.main().run_dir))
     assert results[0] == results[1]
-    assert all(path.name.startswith(f"{network.__name__}-Digits-") for path in run_dirs(tmp_path))
+    assert all(path.name.startswith("Lazy-Digits-") for path in run_dirs(tmp_path))
 
 
 class TooWide(nn.Module):

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+from experiment import run_directory
 from experiment.errors import RunError
-from experiment.files import relative_to_cwd
 from experiment.run_directory import RunDirectory
 
 NETWORK = {"name": "Dyn[3]", "printed": "Dyn()", "parameters": 3, "fingerprint": [1.0, -2.0]}
@@ -30,13 +29,6 @@ def directory(runs_dir: Path, name: str = "Dyn[3]", resume: bool = True, **chang
         config=config, model=SimpleNamespace(name=name), identity=identity, config_record=record
     )
     return RunDirectory(experiment)  # type: ignore[arg-type]  # all that it uses of an Experiment
-
-
-def test_a_class_name_with_brackets_is_found_again(tmp_path: Path) -> None:
-    first = directory(tmp_path)
-    first.save_checkpoint("final", {"history": []})
-    first.__exit__(KeyboardInterrupt, None, None)
-    assert directory(tmp_path).path == first.path
 
 
 def test_a_folder_is_named_by_its_time_and_numbered_within_a_second(
@@ -164,18 +156,16 @@ def test_resuming_is_printed_with_how_to_start_a_new_run(
     assert capsys.readouterr().err == ""
 
 
-def test_a_failed_run_prints_where_its_epochs_are_and_can_be_resumed(
+def test_each_failed_attempt_prints_where_the_epochs_are_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = directory(tmp_path)
-    with pytest.raises(KeyError), folder:
-        folder.save_checkpoint("final", {"history": [1]})
-        raise KeyError
-    assert capsys.readouterr().err == (
-        f"Every finished epoch is saved in {folder.path.name}: the same command, with RESUME = True, resumes the run.\n"
-    )
-    assert directory(tmp_path).path == folder.path
+    directory(tmp_path).save_checkpoint("final", {"history": [1]})
+    for _ in range(2):
+        with pytest.raises(KeyError), directory(tmp_path) as folder:
+            raise KeyError
+        message = f"Every finished epoch is saved in {folder.path.name}: the same command, with RESUME = True, "
+        assert folder.resumed and capsys.readouterr().err == f"{message}resumes the run.\n"
 
 
 @pytest.mark.parametrize("name", ["<lambda>", "a/b:c"])
@@ -230,28 +220,21 @@ def test_a_run_without_a_finished_epoch_is_deleted(tmp_path: Path, capsys: pytes
     assert not folder.path.exists()
 
 
-def test_a_run_that_is_interrupted_again_keeps_its_earlier_epochs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", [RunError("no space"), KeyboardInterrupt()])
+def test_a_run_that_fails_while_its_config_is_written_leaves_no_folder(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = directory(tmp_path)
-    first.save_checkpoint("fold-1", {"history": [1]})
-    first.__exit__(KeyboardInterrupt, None, None)
-    again = directory(tmp_path)
-    again.__exit__(KeyboardInterrupt, None, None)
-    assert capsys.readouterr().err.count("Every finished epoch is saved in") == 2
+    def fail(_path: Path, _content: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(run_directory, "write_atomically", fail)
+    with pytest.raises(type(error)):
+        directory(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    printed = (
-        f"{relative_to_cwd(tmp_path / 'file')} cannot be written (File exists). Fix the permissions or change RUNS_DIR."
-    )
-    with pytest.raises(RunError, match=f"^{re.escape(printed)}$"):
+    message = "cannot be written (File exists). Fix the permissions or change RUNS_DIR."
+    with pytest.raises(RunError, match=f"^{re.escape(str(tmp_path / 'file'))} {re.escape(message)}$"):
         directory(tmp_path / "file")
-
-
-def test_a_folder_that_is_deleted_while_the_run_is_on_ends_it_with_one_line(tmp_path: Path) -> None:
-    folder = directory(tmp_path)
-    shutil.rmtree(folder.path)
-    with pytest.raises(RunError, match=r"^\S+ was deleted while the run was on\. Run the same command again\.$"):
-        folder.save_checkpoint("final", {"history": [1]})

@@ -69,7 +69,7 @@ def test_other_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_file_is_named_in_one_line(name: str, content: bytes, before: Path) -> None:
     (before / name).write_bytes(content)
-    with pytest.raises(ConfigurationError, match=f"^[^\n]*before cannot be compared: {name} [^\n]*$"):
+    with pytest.raises(ConfigurationError, match=f"^[^\n]*before cannot be read: {name} [^\n]*$"):
         read_run(before)
 
 
@@ -120,7 +120,7 @@ def test_listing_returns_why_a_run_cannot_be_read(before: Path) -> None:
     _, problems = read_runs(before.parent)
     assert [problem.partition("runs/")[2].partition(":")[0] for problem in problems] == [
         "interrupted is unfinished",
-        "old cannot be compared",
+        "old cannot be read",
     ]
 
 
