@@ -182,7 +182,8 @@ class RunDirectory:
         if exception_type is not None and not was_deleted and not (self.path / "results.json").exists():
             if self._checkpoints():
                 where = relative_to_cwd(self.path)
-                warn(f"Every finished epoch is saved in {where}: the same command, with RESUME = True, resumes the run.")
+                advice = "the same command, with RESUME = True, resumes the run."
+                warn(f"Every finished epoch is saved in {where}: {advice}")
             else:  # deleted before it is unlocked, so that no other process resumes it
                 shutil.rmtree(self.path, ignore_errors=True)
                 warn("No epoch was finished, so nothing is saved: the same command starts from the beginning.")

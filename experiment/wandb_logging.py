@@ -35,7 +35,7 @@ class WandbRuns:
 
     W&B writes into the run's folder only, and environment and hooks of the process are restored. No failure of W&B ends
     the experiment. If logging online fails, all runs are logged again from the first epoch, offline; if that fails, the
-    rest is not logged. Each of these prints one line. A trial of a sweep is not logged again: the sweep needs the server.
+    rest is not logged. Each of these prints one line. A trial of a sweep is not logged again.
 
     Parameters
     ----------
