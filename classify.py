@@ -227,6 +227,8 @@ def _to_grey(picture: Image.Image, background: int) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which Pillow would clip at 255
         values = np.asarray(picture, dtype=np.float64)
         largest = 65535 if values.max() > 255 else 255
+        if picture.mode.startswith("F") and values.max() <= 1:  # floating-point TIFFs from 0 to 1
+            largest = 1
         return Image.fromarray((values.clip(0, largest) * (255 / largest)).round().astype(np.uint8))
     if picture.has_transparency_data:
         coloured = picture.convert("RGBA")

@@ -1,31 +1,37 @@
 """Did it help? Compares finished runs fold by fold.
 
 Runs with the same data, FOLDS and RNG_SEED have the same folds, so the difference of a metric is computed in each fold.
-The mean of these differences is the effect of a change; ± is its standard error; p is the probability of a difference
-at least as large if the change had no effect. Below 0.05 the run is called better or worse.
+The mean of these differences is the effect of a change. ± is half the width of its 95 % confidence interval: if ± is
+larger than the mean, there may be no effect. p is the probability of a difference at least as large if the change had
+no effect. Below 0.05 the run is called better or worse.
 
-Without names: all runs that can be compared with the newest, one row per run; the oldest is the baseline. With several
+Without names: the newest runs with the same folds, one row per run; the oldest of them is the baseline. With several
 names: the first is the baseline. With one name: that run is compared with the one that differs from it in the fewest
 changes.
 
 The test is the corrected paired t-test (Nadeau and Bengio, 2003). It asks whether the difference would also be found on
-other data of the same kind. The training images of the folds overlap, so the standard error is larger than that of a
-plain paired t-test, which asks only about other seeds on these very images.
+other data of the same kind. The training images of the folds overlap, so the interval is wider than that of a plain
+paired t-test, which asks only about other seeds on these very images. The variance is moderated (Smyth, 2004): a few
+folds alone know it badly, so it is estimated on all runs with the same folds. The more there are, the smaller the
+differences that can be found.
 
-Limits. "Not significant" does not mean "no effect": a few folds find only large effects. With 5 folds, an effect of 3.6
-times its ± is found in 80 of 100 cases; with 2 folds, it must be 13 times its ± to be significant at all. If several
-things were changed at once, nothing tells which of them had the effect. If several runs are compared, each p is
-corrected for their number (Holm, 1979), since the best of many runs is partly the luckiest. The test images are not
-used: after choosing a run by them, they would no longer be a test.
+Limits. "Not significant" does not mean "no effect": a few folds find only large effects. How large is printed with each
+comparison of two runs. If several things were changed at once, nothing tells which of them had the effect. p and ± are
+corrected for everything that is shown together (Holm, 1979), runs and metrics, since the best of many results is partly
+the luckiest. The test images are not used: after choosing a run by them, they would no longer be a test.
 """
 
 import argparse
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment.errors import ConfigurationError, user_errors
 from experiment.files import write_atomically
 from experiment.terminal import print_line
+
+if TYPE_CHECKING:
+    from comparison.run_reader import FinishedRun
 
 DEFAULT_RUNS_DIR = Path(__file__).resolve().parent / "runs"
 
@@ -33,11 +39,14 @@ DEFAULT_RUNS_DIR = Path(__file__).resolve().parent / "runs"
 def main() -> None:
     """Read the command line and print the comparison."""
     arguments = _read_arguments()
+    names = arguments.runs
+    if names and arguments.baseline is not None:
+        names = [arguments.baseline, *names]
     with user_errors():
-        if arguments.runs and len(arguments.runs) <= 2:
-            _print_pair(arguments.runs, arguments.runs_dir)
+        if names and len(names) <= 2:
+            _print_pair(names, arguments.runs_dir)
         else:
-            _print_overview(arguments.runs, arguments.runs_dir)
+            _print_overview(names, arguments)
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -49,7 +58,7 @@ def _read_arguments() -> argparse.Namespace:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="a run directory, or a part of its name that no other has, such as its time",
+        help="a run directory, or a part of its name that no other has, such as its time (18:30)",
     )
     parser.add_argument(
         "--runs-dir",
@@ -58,41 +67,76 @@ def _read_arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="the folder with all runs (default: runs beside compare.py)",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--baseline", metavar="RUN", help="the run that all others are compared with (default: the oldest)"
+    )
+    parser.add_argument(
+        "--last",
+        type=_at_least_two,
+        metavar="N",
+        help="without names: how many runs are shown (default: 20)",
+    )
+    arguments = parser.parse_args()
+    if arguments.runs and arguments.last is not None:
+        parser.error("--last cannot be combined with the names of runs")
+    return arguments
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 2, got {text}")
+    return int(text)
 
 
 def _print_pair(names: list[str], runs_dir: Path) -> None:
-    from comparison.changes import nearest_run
+    from comparison.changes import nearest_run, why_nothing_comparable
     from comparison.pair import compare_runs
-    from comparison.run_reader import FinishedRun, display_path, find_run, read_runs
+    from comparison.run_reader import display_path, read_runs
 
-    after = find_run(names[-1], runs_dir)
-    if len(names) == 2:
-        before: FinishedRun | None = find_run(names[0], runs_dir)
-    else:
-        before = nearest_run(after, read_runs(runs_dir)[0])
+    *first, after = _find_runs(names, runs_dir)
+    history, _ = read_runs(after.path.parent)
+    before = first[0] if first else nearest_run(after, history)
     if before is None:
-        where = display_path(runs_dir)
-        raise ConfigurationError(f"There is nothing in {where} to compare {display_path(after.path)} with.")
+        raise ConfigurationError(f"{display_path(after.path)}: {why_nothing_comparable(after, history)}")
     print_line(display_path(after.path))
-    print_line(compare_runs(before, after).text)
+    print_line(compare_runs(before, after, history).text)
 
 
-def _print_overview(names: list[str], runs_dir: Path) -> None:
-    from comparison.overview import overview_of, overview_of_all
-    from comparison.run_reader import display_path, find_run
+def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
+    from comparison.overview import DEFAULT_LAST, overview_of, overview_of_all
+    from comparison.run_reader import display_path, read_runs
     from experiment.plots import png_bytes
 
     if names:
-        baseline, *others = [find_run(name, runs_dir) for name in names]
-        overview = overview_of(baseline, others)
+        baseline, *others = _find_runs(names, arguments.runs_dir)
+        history, _ = read_runs(baseline.path.parent)
+        overview = overview_of(baseline, others, arguments.runs_dir, history)
     else:
-        overview = overview_of_all(runs_dir)
+        overview = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, arguments.baseline)
     print_line(overview.text)
     newest = max((row.run for row in overview.rows), key=lambda run: run.finished)
     path = newest.path / "overview.png"
     write_atomically(path, png_bytes(overview.figure()))
     print_line(f"\nSaved {display_path(path)}")
+
+
+def _find_runs(names: list[str], runs_dir: Path) -> "list[FinishedRun]":
+    """Return the runs of these names.
+
+    Raises
+    ------
+    ConfigurationError
+        If one of them is not found, or if two names mean the same run.
+    """
+    from comparison.run_reader import display_path, find_run
+
+    runs = [find_run(name, runs_dir) for name in names]
+    for number, run in enumerate(runs):
+        for earlier, name in zip(runs[:number], names, strict=False):
+            if earlier.path == run.path:
+                where = display_path(run.path)
+                raise ConfigurationError(f"{name} and {names[number]} are the same run, {where}. Name different runs.")
+    return runs
 
 
 if __name__ == "__main__":

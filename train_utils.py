@@ -3,8 +3,11 @@
 Nothing here writes a file or prints. What makes training fast is at the end, and may be skipped.
 """
 
+import ast
 import ctypes
 import functools
+import hashlib
+import inspect
 import pickle
 import random
 import sys
@@ -13,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
+import data_utils
 from data_files import cached_dataset, resolve_path
 from data_utils import Batches, pixel_statistics, split
 
@@ -52,6 +57,8 @@ class Fit:
         As PyTorch names them.
     threads : int
         Number of threads on the CPU.
+    code_digest : str
+        What `code_digest()` returns in the process that started the run.
     """
 
     name: str
@@ -70,6 +77,13 @@ class Fit:
     device: str
     precision: str
     threads: int
+    code_digest: str
+
+
+class CodeChangedError(RuntimeError):
+    """This process would train with other code than the run was started with."""
+
+    exit_status = 1
 
 
 def train_fit(fit: Fit) -> tuple[State, list[Metrics]]:
@@ -208,9 +222,12 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
     ------
     data_files.DatasetError
         If this machine does not have the data set, or a different one of that name.
+    CodeChangedError
+        If the code of this module or of data_utils is not that of the process that started the run.
     """
-    device, precision = torch.device(fit.device), getattr(torch, fit.precision)
-    with _process_lock, isolated_rng(fit.threads, epoch_seed(fit, epoch), device):
+    _check_code(fit)
+    device, precision, seed = torch.device(fit.device), getattr(torch, fit.precision), epoch_seed(fit, epoch)
+    with _process_lock, isolated_rng(fit.threads, seed, device):
         _tune_malloc()
         dataset = cached_dataset(fit.dataset, resolve_path(fit.data_dir), fit.data_digest)
         training_part, evaluation_part = split(dataset, fit.held_out_mask)
@@ -218,6 +235,7 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
         training_batches = Batches(*training_part, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
 
         model = build_network(fit.model_class, device)
+        seed_generators(seed)  # again, so that the order of the images does not depend on the network
         loss_fn = nn.CrossEntropyLoss()
         optimizer = make_optimizer(model, fit.learning_rate)
         scheduler = make_scheduler(fit, optimizer, len(training_batches) * fit.epochs)
@@ -236,7 +254,8 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
         is_fold, is_last = fit.held_out_mask is not None, epoch == fit.epochs
         if is_fold or is_last:
             evaluation_batches = Batches(*evaluation_part, EVALUATION_BATCH_SIZE, mean, std, device)
-            evaluation = test_loop(evaluation_batches, model, loss_fn, precision, fit.mirror)
+            # Always the plain cross-entropy, so that runs with different training losses can be compared.
+            evaluation = test_loop(evaluation_batches, model, nn.CrossEntropyLoss(), precision, fit.mirror)
             if is_fold:
                 loss, labels, probabilities = evaluation
                 metrics |= {"validation/loss": loss, "validation/accuracy": compute_accuracy(labels, probabilities)}
@@ -304,15 +323,20 @@ def isolated_rng(threads: int, seed: int, device: torch.device) -> Iterator[None
     numpy_before, python_before = np.random.get_state(), random.getstate()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_num_threads(threads)
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # its largest seed is 2³² − 1
-        random.seed(seed)
+        seed_generators(seed)
         try:
             yield
         finally:
             torch.set_num_threads(threads_before)
             np.random.set_state(numpy_before)
             random.setstate(python_before)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global random generators of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # its largest seed is 2³² − 1
+    random.seed(seed)
 
 
 # --- How a call and its outcome reach another process ---
@@ -364,6 +388,105 @@ class CloudpickledFactory:
     def __call__(self) -> Any:
         """Unpickle the function or class, and call it."""
         return pickle.loads(self.content)()
+
+
+# --- Which code trains: all fits of a run must be trained with the same ---
+
+
+def _without_docstring(node: ast.FunctionDef | ast.Lambda) -> ast.AST:
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:] or [ast.Pass()]
+    return node
+
+
+def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
+    """Return the source of each function in a module's file, normalized, by file and first line."""
+    functions = {}
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            first = min(getattr(node, "decorator_list", None) or [node], key=lambda part: part.lineno)
+            functions[str(module.__file__), first.lineno] = ast.unparse(_without_docstring(node))
+    return functions
+
+
+_MODULES = (data_utils, sys.modules[__name__])
+# Read when the module is imported, since the file may be edited later.
+_FUNCTIONS = _read_functions(data_utils) | _read_functions(sys.modules[__name__])
+_LIBRARIES = {"torch", "numpy", "data_files", *sys.stdlib_module_names}
+_CONSTANTS = (bool, int, float, str, torch.dtype, torch.memory_format)
+
+
+def code_digests() -> dict[str, str]:
+    """Return a digest of each function, class and constant of data_utils and train_utils, by ``module.name``.
+
+    They describe what is in memory: a function that was replaced counts like an edited file, and an edited file counts
+    once it is imported. Comments, docstrings and formatting do not count.
+    """
+    digests = {}
+    for module in _MODULES:
+        for name, value in vars(module).items():
+            code = None if name.startswith("__") else _describe(value)
+            if code is not None:
+                digests[f"{module.__name__}.{name}"] = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return digests
+
+
+def code_digest() -> str:
+    """Return one digest per file, such as ``data_utils.py=3fa4… train_utils.py=90b1…``."""
+    hashes = {module.__name__: hashlib.sha256() for module in _MODULES}
+    for name, digest in sorted(code_digests().items()):
+        hashes[name.partition(".")[0]].update(f"{name} {digest}\n".encode())
+    return " ".join(f"{module}.py={sha.hexdigest()[:16]}" for module, sha in hashes.items())
+
+
+def _check_code(fit: Fit) -> None:
+    here = code_digest()
+    if here == fit.code_digest:
+        return
+    pairs = zip(here.split(), fit.code_digest.split(), strict=True)
+    files = [one.partition("=")[0] for one, other in pairs if one != other]
+    raise CodeChangedError(
+        f"{' and '.join(files)} was edited during the run: a process that started afterwards would train with "
+        "other code than the rest of the run. Run the same command again to start a new run with the edited file."
+    )
+
+
+def _describe(value: Any) -> str | None:
+    """Return what a constant, function or class consists of; None for objects of libraries and anything else."""
+    if isinstance(value, _CONSTANTS):
+        return repr(value)
+    if isinstance(value, (classmethod, staticmethod, property)):
+        value = value.fget if isinstance(value, property) else value.__func__
+    value = inspect.unwrap(value) if callable(value) else value
+    if not isinstance(value, (FunctionType, type)) or value.__module__.partition(".")[0] in _LIBRARIES:
+        return None
+    if isinstance(value, FunctionType):
+        is_generated = value.__code__.co_filename == "<string>"  # by dataclasses, from the annotations
+        return None if is_generated else _describe_function(value)
+    parts = [repr(vars(value).get("__annotations__"))]
+    for name, attribute in sorted(vars(value).items()):
+        is_metadata = name.startswith("__") and not callable(attribute)
+        code = None if is_metadata else _describe(attribute)
+        if code is not None:
+            parts.append(f"{name} {code}")
+    return "\n".join(parts)
+
+
+def _describe_function(function: FunctionType) -> str:
+    """Return the source of a function in the files; of any other its bytecode and the constants that it uses."""
+    code = function.__code__
+    source = _FUNCTIONS.get((code.co_filename, code.co_firstlineno))
+    if source is not None:
+        return source
+    variables = inspect.getclosurevars(function)
+    used = {**variables.globals, **variables.nonlocals}
+    constants = {name: value for name, value in used.items() if isinstance(value, _CONSTANTS)}
+    return f"{_describe_bytecode(code)} {sorted(constants.items())} {function.__defaults__} {function.__kwdefaults__}"
+
+
+def _describe_bytecode(code: CodeType) -> str:
+    constants = [_describe_bytecode(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
 
 
 # --- What makes training fast. You may skip it: it changes how a network computes, not what it computes ---

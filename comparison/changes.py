@@ -11,6 +11,7 @@ from itertools import zip_longest
 from comparison.run_reader import FinishedRun, Identity, NetworkRecord, display_path
 from experiment.identity import HYPERPARAMETERS, same_fingerprint
 
+FOLD_SETTINGS = ("dataset", "folds", "rng_seed")  # which images a fold consists of
 MAX_LAYER_WIDTH = 40  # characters of a layer that was added, removed or replaced
 
 
@@ -37,7 +38,17 @@ def changes_between(before: FinishedRun, after: FinishedRun) -> list[Change]:
         if old != new:
             label = name if name in ("threads", "torch") else name.upper()
             changes.append(Change(f"{label} {old} → {new}"))
+    changes += _code_changes(before.identity.code, after.identity.code)
     return changes + _network_changes(before.identity.network, after.identity.network)
+
+
+def _code_changes(before: dict[str, str], after: dict[str, str]) -> list[Change]:
+    """Return the functions of the training code that differ, as one change that counts for each of them."""
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    if not names:
+        return []
+    functions = ", ".join(name.partition(".")[2] for name in names)
+    return [Change(f"training code: {functions} edited", distance=len(names))]
 
 
 def _network_changes(before: NetworkRecord, after: NetworkRecord) -> list[Change]:
@@ -141,7 +152,7 @@ def why_not_comparable(before: FinishedRun, after: FinishedRun) -> str | None:
 
 
 def _why_other_images(before: Identity, after: Identity) -> str:
-    for name in ("dataset", "folds", "rng_seed"):
+    for name in FOLD_SETTINGS:
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             return f"{name.upper()} is {new}, not {old}, so their folds consist of different images"
@@ -165,3 +176,25 @@ def nearest_run(run: FinishedRun, runs: Sequence[FinishedRun]) -> FinishedRun | 
 
 def _distance(before: FinishedRun, after: FinishedRun) -> int:
     return sum(change.distance for change in changes_between(before, after))
+
+
+def why_nothing_comparable(run: FinishedRun, runs: Sequence[FinishedRun]) -> str:
+    """Return why a run has no comparable run among others, as one line."""
+    if len(run.folds) < 2:
+        return "Not compared with other runs: fewer than two folds have a result."
+    others = [other for other in runs if other.path != run.path]
+    if not others:
+        return "First finished run: there is nothing to compare it with yet."
+    if any(other.identity.images == run.identity.images for other in others):
+        return "Not compared with other runs: none has a result in two of the same folds."
+    differing = [_fold_settings_that_differ(other, run) for other in others]
+    fewest = min(differing, key=len)
+    if not fewest:
+        return "First run with these images: those of the other runs on this data set were other ones."
+    settings = ", ".join(f"{name.upper()} {getattr(run.identity, name)}" for name in fewest)
+    return f"First run with these folds ({settings})."
+
+
+def _fold_settings_that_differ(before: FinishedRun, after: FinishedRun) -> list[str]:
+    """Return which of the settings that determine the folds differ between two runs."""
+    return [name for name in FOLD_SETTINGS if getattr(before.identity, name) != getattr(after.identity, name)]

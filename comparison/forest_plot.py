@@ -1,21 +1,23 @@
 """Forest plots: one row per comparison, with the difference in each fold, their mean and its confidence interval."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comparison.statistics import SIGNIFICANCE_LEVEL, MetricDifference
+from comparison.statistics import MetricDifference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def draw_panel(
-    panel: "Axes", title: str, differences: Sequence[MetricDifference], labels: Sequence[str], p_values: Sequence[float]
-) -> None:
-    """Draw one row per difference, the first at the top. The marker of the mean is filled where it is significant."""
+def draw_panel(panel: "Axes", title: str, differences: Sequence[MetricDifference], labels: Sequence[str]) -> None:
+    """Draw one row per difference, the first at the top.
+
+    The marker of the mean is filled where the difference is significant: where the interval does not contain 0.
+    """
     from experiment.plots import BLUE, ORANGE
 
     rows = np.arange(len(differences))
@@ -26,9 +28,9 @@ def draw_panel(
         in_folds = difference.per_fold
         panel.plot(in_folds, [row + 0.2] * len(in_folds), "o", color=BLUE, alpha=0.6, markersize=4)
     means = [difference.mean for difference in differences]
-    half_widths = [difference.ci_half_width for difference in differences]
+    half_widths = [difference.ci_half_width if difference.has_interval else math.nan for difference in differences]
     panel.errorbar(means, rows - 0.15, xerr=half_widths, fmt="none", color=ORANGE, capsize=3)
-    fills = [ORANGE if p < SIGNIFICANCE_LEVEL else "white" for p in p_values]
+    fills = [ORANGE if difference.verdict in ("better", "worse") else "white" for difference in differences]
     panel.scatter(means, rows - 0.15, s=30, marker="D", facecolors=fills, edgecolors=ORANGE, zorder=3)
     _limit_axis(panel, differences)
     panel.set_title(title, fontsize=10)
@@ -60,7 +62,9 @@ def _limit_axis(panel: "Axes", differences: Sequence[MetricDifference]) -> None:
         if difference.max_extent <= limit:
             continue
         at_left = difference.mean < 0
-        number = f"{abs(difference.mean):.2g} ± {difference.standard_error:.1g}"
+        number = f"{abs(difference.mean):.2g}"
+        if difference.has_interval:
+            number += f" ± {difference.ci_half_width:.1g}"
         panel.text(
             -0.98 * limit if at_left else 0.98 * limit,
             row - 0.15,
@@ -80,8 +84,8 @@ def add_title(figure: "Figure", title: str) -> None:
     from experiment.plots import BLUE, ORANGE
 
     fold = Line2D([], [], marker="o", linestyle="none", color=BLUE, alpha=0.6, label="difference in a fold")
-    mean = Line2D([], [], marker="D", color=ORANGE, label="mean and 95 % confidence interval")
-    not_significant = "not significant (p ≥ 0.05, corrected for the number of rows)"
+    mean = Line2D([], [], marker="D", color=ORANGE, label="mean and 95 % interval, corrected (Holm)")
+    not_significant = "not significant: the interval contains 0"
     empty = Line2D([], [], marker="D", color=ORANGE, markerfacecolor="white", label=not_significant)
     figure.legend(handles=[fold, mean, empty], ncols=3, fontsize=8, frameon=False, loc="outside lower center")
     figure.suptitle(title, fontsize=11, parse_math=False)

@@ -1,11 +1,9 @@
 """Several runs compared with a baseline: text and figure."""
 
-import math
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +11,17 @@ import numpy as np
 
 from comparison.changes import comparable, describe_changes, why_not_comparable
 from comparison.forest_plot import add_title, draw_panel
-from comparison.pair import METRICS, PairComparison, compare_runs, signed
-from comparison.run_reader import FinishedRun, display_path, read_runs
-from comparison.statistics import MetricDifference, holm
+from comparison.pair import (
+    METRICS,
+    BaselineNoise,
+    PairComparison,
+    baseline_noise,
+    compare_with_baseline,
+    describe_noise,
+    signed,
+)
+from comparison.run_reader import FinishedRun, display_path, find_run, read_runs, shortest_names
+from comparison.statistics import MetricDifference, correct_together
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, format_duration, wrap
 
@@ -24,16 +30,31 @@ if TYPE_CHECKING:
 
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row of the text
 MAX_ROWS_DRAWN = 40
+DEFAULT_LAST = 20  # runs that are shown if none is named
 HEADING = "        accuracy      change           p    loss      change           p    took"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run of the overview; `comparison` is None, and `p` (corrected, per metric) empty, for the baseline."""
+    """A run of the overview.
+
+    Attributes
+    ----------
+    run : FinishedRun
+    name : str
+        By which `find_run` finds it.
+    comparison : PairComparison or None
+        Its p values and intervals are corrected for everything that the overview shows. None for the baseline.
+    """
 
     run: FinishedRun
+    name: str
     comparison: PairComparison | None
-    p: dict[str, float]
+
+    @property
+    def gain(self) -> float:
+        """The difference in accuracy to the baseline, over the folds that both have."""
+        return 0.0 if self.comparison is None else self.comparison.metrics["accuracy"].mean
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,8 @@ class Overview:
     ----------
     baseline : FinishedRun
     rows : list of Row
-        All runs including the baseline, by accuracy, the best first.
+        All runs including the baseline, by their difference in accuracy to the baseline, the best first.
+    noise : BaselineNoise
     choice : str
         How the baseline was chosen; "" if the user named it.
     notes : list of str
@@ -53,6 +75,7 @@ class Overview:
 
     baseline: FinishedRun
     rows: list[Row]
+    noise: BaselineNoise
     choice: str
     notes: list[str]
 
@@ -69,16 +92,21 @@ class Overview:
         for row in self.rows:
             if row.comparison is not None:
                 frequency.update({change.text for change in row.comparison.changes})
-        for place, row in enumerate(self.rows):
-            lines += [_numbers_line(row, is_best=place == 0), _changes_lines(row, frequency)]
+        best = next((row for row in self.rows if not row.run.diverged), None)
+        for row in self.rows:
+            lines += [_numbers_line(row, is_best=row is best), _changes_lines(row, frequency)]
         lines += ["", wrap(self._explanation()), *map(wrap, self.notes)]
         return "\n".join(lines)
 
     def _explanation(self) -> str:
-        sentences = ["* marks the highest accuracy. ± is the standard error."]
-        corrected_for = max(sum(not math.isnan(row.p.get(metric, math.nan)) for row in self.rows) for metric in METRICS)
-        if corrected_for > 1:
-            sentences.append(f"p is corrected for {corrected_for} comparisons per metric (Holm).")
+        differences = [each for row in self.rows if row.comparison for each in row.comparison.metrics.values()]
+        sentences = ["* marks the best accuracy. ± is half the width of the 95 % confidence interval."]
+        tests = sum(difference.has_interval for difference in differences)
+        if tests > 1:
+            sentences.append(f"p and ± are corrected for {tests} comparisons (Holm).")
+        sentences.append(describe_noise(self.noise, differences))
+        if any(row.run.diverged for row in self.rows):
+            sentences.append("A run with diverged folds is never marked.")
         if any(row.run.resumed for row in self.rows):
             sentences.append("> is the time since a run was resumed.")
         return " ".join(sentences)
@@ -87,13 +115,12 @@ class Overview:
         """Draw accuracy and loss side by side, one row per run, the best at the top."""
         from experiment.plots import new_figure
 
-        compared = [(row.comparison, row.p) for row in self.rows if row.comparison is not None]
+        compared = [(row.name, row.comparison) for row in self.rows if row.comparison is not None]
         shown = compared[:MAX_ROWS_DRAWN]
-        labels = [_label(comparison) for comparison, _ in shown]
+        labels = [_label(name, comparison) for name, comparison in shown]
         figure = new_figure(10, 0.45 * len(shown) + 2.4)
         for panel, metric in zip(figure.subplots(1, 2, sharey=True), METRICS, strict=True):
-            differences = [comparison.metrics[metric] for comparison, _ in shown]
-            draw_panel(panel, metric, differences, labels, [p[metric] for _, p in shown])
+            draw_panel(panel, metric, [comparison.metrics[metric] for _, comparison in shown], labels)
         runs = _count_runs(len(compared))
         if len(shown) < len(compared):
             runs = f"The {len(shown)} best of {runs}"
@@ -101,8 +128,17 @@ class Overview:
         return figure
 
 
-def overview_of_all(runs_dir: Path) -> Overview:
-    """Return the overview of all finished runs that are comparable with the newest; the oldest is the baseline.
+def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str | None = None) -> Overview:
+    """Return the overview of the newest finished runs that are comparable with the baseline.
+
+    Parameters
+    ----------
+    runs_dir : Path
+    last : int
+        How many runs are shown at most. The noise is estimated on all of them.
+    baseline_name : str, optional
+        See `find_run`. By default, the baseline is the oldest of the newest `last` runs that are comparable with the
+        newest.
 
     Raises
     ------
@@ -120,16 +156,26 @@ def overview_of_all(runs_dir: Path) -> Overview:
         notes.append(f"Not shown: {count} in which fewer than two folds have a result.")
     if not usable:
         raise ConfigurationError("\n".join([f"There is no finished run in {where}.", *notes]))
-    newest = usable[0]
-    group = [run for run in usable if comparable(run, newest)]
+    reference = usable[0] if baseline_name is None else find_run(baseline_name, runs_dir)
+    group = [run for run in usable if comparable(reference, run)]
     others = Counter(run.identity.dataset for run in usable if run not in group)
     if others:
         named = ", ".join(f"{count} on {dataset}" for dataset, count in others.items())
         notes.append(f"Not shown: runs whose folds consist of different images ({named}). Name runs to compare them.")
-    if len(group) == 1:
-        only = f"There is nothing in {where} to compare {display_path(newest.path)} with."
+    shown = group[:last]
+    baseline = shown[-1] if baseline_name is None else reference
+    compared = [run for run in shown if run.path != baseline.path]
+    if not compared:
+        only = f"There is nothing in {where} to compare {display_path(reference.path)} with."
         raise ConfigurationError("\n".join([only, *notes]))
-    return overview_of(group[-1], group[:-1], f"the oldest of {len(group)} comparable runs in {where}", notes)
+    older = len([run for run in group[last:] if run.path != baseline.path])
+    if older:
+        notes.insert(0, f"Not shown: {_count_runs(older)} before these (--last {len(group)} shows all).")
+    choice = ""
+    if baseline_name is None:
+        newest = f"the {last} newest" if older else f"{len(group)}"
+        choice = f"the oldest of {newest} comparable runs in {where}"
+    return overview_of(baseline, compared, runs_dir, group, choice, notes)
 
 
 def _count_runs(number: int) -> str:
@@ -137,14 +183,23 @@ def _count_runs(number: int) -> str:
 
 
 def overview_of(
-    baseline: FinishedRun, others: Sequence[FinishedRun], choice: str = "", notes: Sequence[str] = ()
+    baseline: FinishedRun,
+    others: Sequence[FinishedRun],
+    runs_dir: Path,
+    history: Sequence[FinishedRun] = (),
+    choice: str = "",
+    notes: Sequence[str] = (),
 ) -> Overview:
-    """Compare several runs with a baseline; p values are corrected for their number.
+    """Compare several runs with a baseline; p values and intervals are corrected for everything that is shown.
 
     Parameters
     ----------
     baseline : FinishedRun
     others : sequence of FinishedRun
+    runs_dir : Path
+        The folder in which the user finds runs by their names.
+    history : sequence of FinishedRun, optional
+        Other runs, on which the noise is estimated together with these.
     choice : str
         How the baseline was chosen.
     notes : sequence of str
@@ -159,18 +214,19 @@ def overview_of(
     refused = [reason for reason in reasons if reason is not None]
     if refused:
         raise ConfigurationError("\n".join(refused))
-    comparisons = [compare_runs(baseline, other) for other in others]
-    corrected = {metric: holm([_p_to_correct(each, metric) for each in comparisons]) for metric in METRICS}
-    rows = [Row(baseline, None, {})]
-    for index, comparison in enumerate(comparisons):
-        rows.append(Row(comparison.after, comparison, {metric: corrected[metric][index] for metric in METRICS}))
-    rows.sort(key=lambda row: _mean(row.run, "accuracy"), reverse=True)
-    return Overview(baseline, rows, choice, list(notes))
+    noise = baseline_noise(baseline, [*others, *history])
+    comparisons = _corrected_together([compare_with_baseline(other, noise) for other in others])
+    names = shortest_names([baseline, *others], runs_dir)
+    rows = [Row(baseline, names[baseline.path], None)]
+    rows += [Row(each.after, names[each.after.path], each) for each in comparisons]
+    rows.sort(key=lambda row: row.gain, reverse=True)
+    return Overview(baseline, rows, noise, choice, list(notes))
 
 
-def _p_to_correct(comparison: PairComparison, metric: str) -> float:
-    """Return the p value of a metric; NaN for an identical repetition, which is not a test of anything."""
-    return math.nan if comparison.is_identical else comparison.metrics[metric].p
+def _corrected_together(comparisons: Sequence[PairComparison]) -> list[PairComparison]:
+    """Return comparisons whose metrics are corrected for all comparisons and metrics."""
+    differences = iter(correct_together([each.metrics[metric] for each in comparisons for metric in METRICS]))
+    return [replace(each, metrics={metric: next(differences) for metric in METRICS}) for each in comparisons]
 
 
 def _mean(run: FinishedRun, metric: str) -> float:
@@ -179,30 +235,27 @@ def _mean(run: FinishedRun, metric: str) -> float:
 
 def _numbers_line(row: Row, is_best: bool) -> str:
     """Return the first line of a row: day, metrics with their differences, and duration."""
-    line = f"{'*' if is_best else ' '} {row.run.started:%d %b}"
+    line = f"{'*' if is_best else ' '} {row.run.created:%d %b}"
     for metric in METRICS:
         mean = _mean(row.run, metric)
         line += f"{mean:>8.{_decimals(mean)}f}"
         if row.comparison is None:
             line += " " * 24
         else:
-            line += _difference_columns(row.comparison.metrics[metric], row.p[metric])
+            line += _difference_columns(row.comparison.metrics[metric])
     took = format_duration(row.run.seconds)
     return line + f"{'>' + took if row.run.resumed else took:>8}"
 
 
-def _difference_columns(difference: MetricDifference, p: float) -> str:
+def _difference_columns(difference: MetricDifference) -> str:
     if difference.is_identical:
         return f"{'identical':^18}{'':6}"
-    if math.isnan(p):
-        shown = "–"
-    elif p < 0.001:
-        shown = "<0.001"
-    else:
-        shown = f"{p:.2g}"
     change = signed(difference.mean, _decimals(difference.mean))
-    error = difference.standard_error
-    return f"{f'{change} ± {error:.{_decimals(error)}f}':>17} {shown:>6}"
+    if not difference.has_interval:
+        return f" {change:<16} {'–':>6}"
+    half_width = difference.ci_half_width
+    p = "<0.001" if difference.corrected_p < 0.001 else f"{difference.corrected_p:.2g}"
+    return f"{f'{change} ± {half_width:.{_decimals(half_width)}f}':>17} {p:>6}"
 
 
 def _decimals(value: float) -> int:
@@ -217,19 +270,20 @@ def _changes_lines(row: Row, frequency: Mapping[str, int]) -> str:
     if row.comparison is not None:
         text = describe_changes(row.comparison.changes, MAX_CHANGES_WIDTH, frequency)
         for metric, difference in row.comparison.metrics.items():
-            verdict = difference.verdict(row.p[metric])
-            if verdict in ("better", "worse"):
-                significant.append(f"{metric} {verdict}")
-    if not re.search(r"-\d{8}-\d{6}(-\d+)?$", row.run.path.name):  # the user renamed the folder
-        text = f"{display_path(row.run.path)}: {text}"
+            if difference.verdict in ("better", "worse"):
+                significant.append(f"{metric} {difference.verdict}")
     if row.run.diverged:
         text += f" ({', '.join(row.run.diverged)} diverged)"
     if significant:
         text += f": {', '.join(significant)}"
-    time = f"  {row.run.started:%H:%M} "
-    return textwrap.fill(text, WIDTH, initial_indent=time, subsequent_indent=" " * 8, break_on_hyphens=False)
+    if row.name == display_path(row.run.path):  # the user renamed the folder, or no time of day distinguishes it
+        text = f"{row.name}: {text}"
+    else:
+        text = f"{row.name} {text}"
+    wrapper = textwrap.TextWrapper(WIDTH, "  ", " " * 8, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
-def _label(comparison: PairComparison) -> str:
+def _label(name: str, comparison: PairComparison) -> str:
     changes = describe_changes(comparison.changes, 70)
-    return textwrap.fill(f"{comparison.after.started:%d %b %H:%M} {changes}", 46)
+    return textwrap.fill(f"{comparison.after.created:%d %b} {name} {changes}", 46)

@@ -1,7 +1,7 @@
 """One run compared with another: text and figure."""
 
-import math
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comparison.changes import Change, changes_between, describe_changes, nearest_run, why_not_comparable
+from comparison.changes import (
+    Change,
+    changes_between,
+    comparable,
+    describe_changes,
+    nearest_run,
+    why_not_comparable,
+    why_nothing_comparable,
+)
 from comparison.forest_plot import add_title, draw_panel
 from comparison.run_reader import FinishedRun, Fold, as_run, display_path, read_runs
-from comparison.statistics import MetricDifference, compare_metric, holm
+from comparison.statistics import MetricDifference, NoisePrior, compare_metric, correct_together, estimate_prior
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, display_name
 
@@ -26,28 +34,54 @@ MIN_F1_CHANGE = 0.0005  # a class whose F1 score changed less is not shown
 
 
 @dataclass(frozen=True)
+class BaselineNoise:
+    """The noise of the differences from a baseline, estimated on all finished runs that are comparable with it."""
+
+    baseline: FinishedRun
+    others: list[FinishedRun]
+
+    @cached_property
+    def metrics(self) -> dict[str, NoisePrior | None]:
+        """The common noise in accuracy and loss; None where there are too few runs."""
+        priors = {}
+        for metric in METRICS:
+            priors[metric] = estimate_prior([_metric_values(self.baseline, other, metric) for other in self.others])
+        return priors
+
+    @cached_property
+    def f1(self) -> dict[str, NoisePrior | None]:
+        """The common noise in the F1 score of each class."""
+        scores = [_f1_values(self.baseline, other) for other in self.others]
+        classes = dict.fromkeys(name for each in scores for name in each)
+        return {name: estimate_prior([each[name] for each in scores if name in each]) for name in classes}
+
+
+@dataclass(frozen=True)
 class PairComparison:
-    """A run compared with an earlier one; `metrics` has the differences in accuracy and loss."""
+    """A run compared with an earlier one.
+
+    Attributes
+    ----------
+    before, after : FinishedRun
+    changes : list of Change
+    metrics : dict of str to MetricDifference
+        The differences in accuracy and loss, corrected for being two.
+    noise : BaselineNoise
+    """
 
     before: FinishedRun
     after: FinishedRun
     changes: list[Change]
     metrics: dict[str, MetricDifference]
+    noise: BaselineNoise
 
     @cached_property
     def f1(self) -> dict[str, MetricDifference]:
-        """The difference in the F1 score of each class."""
-        old_scores, new_scores = [], []
-        for old_fold, new_fold in _common_folds(self.before, self.after):
-            old_scores.append(old_fold.f1)
-            new_scores.append(new_fold.f1)
-        f1 = {}
-        for name in old_scores[0]:
-            if all(name in scores for scores in old_scores + new_scores):
-                old = [scores[name] for scores in old_scores]
-                new = [scores[name] for scores in new_scores]
-                f1[name] = compare_metric(name, old, new, self.after.identity.folds)
-        return f1
+        """The difference in the F1 score of each class, corrected for the number of classes."""
+        differences = []
+        for name, (old, new) in _f1_values(self.before, self.after).items():
+            differences.append(compare_metric(name, old, new, self.after.identity.folds, self.noise.f1.get(name)))
+        return {difference.metric: difference for difference in correct_together(differences)}
 
     @property
     def is_identical(self) -> bool:
@@ -66,7 +100,14 @@ class PairComparison:
             return "\n".join([*lines, "  identical in every fold"])
         for difference in self.metrics.values():
             lines += _metric_lines(difference)
-        return "\n".join(lines + _f1_lines(self.f1))
+        return "\n".join([*lines, *_f1_lines(self.f1), *_indent(self._explanation(), indent=2)])
+
+    def _explanation(self) -> str:
+        """Return what p and ± are corrected for, and on how many runs the noise is estimated."""
+        sentence = describe_noise(self.noise, self.metrics.values())
+        if sum(difference.has_interval for difference in self.metrics.values()) > 1:
+            return f"p and ± are corrected for {len(METRICS)} metrics (Holm). {sentence}"
+        return sentence
 
     def figure(self) -> "Figure":
         """Draw accuracy and loss above, and the F1 score of each class below."""
@@ -77,20 +118,18 @@ class PairComparison:
         figure = new_figure(9, class_height + 4.4)
         grid = figure.add_gridspec(2, 2, height_ratios=[1.2, class_height])
         for column, difference in enumerate(self.metrics.values()):
-            result = f"{signed(difference.mean)} ± {difference.standard_error:.4f}: {difference.verdict(difference.p)}"
             panel = figure.add_subplot(grid[0, column])
-            draw_panel(panel, f"{difference.metric}\n{result}", [difference], [""], [difference.p])
+            draw_panel(panel, f"{difference.metric}\n{_change(difference)}: {difference.verdict}", [difference], [""])
         names = [display_name(difference.metric) for difference in classes]
-        corrected = holm([difference.p for difference in classes])
-        draw_panel(figure.add_subplot(grid[1, :]), "F1 of each class", classes, names, corrected)
+        draw_panel(figure.add_subplot(grid[1, :]), "F1 of each class", classes, names)
         changes = textwrap.fill(describe_changes(self.changes, MAX_CHANGES_WIDTH), WIDTH)
         runs = f"{display_path(self.after.path)}\ncompared with {display_path(self.before.path)}"
         add_title(figure, f"{changes}\n{runs}")
         return figure
 
 
-def compare_with_nearest(run_dir: Path, results: dict[str, Any], identity: dict[str, Any]) -> PairComparison | None:
-    """Compare a run that is about to be saved with the nearest finished run beside it; None if there is none.
+def compare_with_nearest(run_dir: Path, results: dict[str, Any], identity: dict[str, Any]) -> PairComparison | str:
+    """Compare a run that is about to be saved with the nearest finished run beside it.
 
     Parameters
     ----------
@@ -100,54 +139,116 @@ def compare_with_nearest(run_dir: Path, results: dict[str, Any], identity: dict[
         The future content of its results.json.
     identity : dict
         "identity" of its config.json.
+
+    Returns
+    -------
+    PairComparison or str
+        If there is no run to compare it with, one line that says why.
     """
     after = as_run(run_dir, results, identity)
     finished, _ = read_runs(run_dir.parent)
     before = nearest_run(after, finished)
-    return None if before is None else compare_runs(before, after)
+    if before is None:
+        return why_nothing_comparable(after, finished)
+    return compare_runs(before, after, finished)
 
 
-def compare_runs(before: FinishedRun, after: FinishedRun) -> PairComparison:
+def compare_runs(before: FinishedRun, after: FinishedRun, history: Sequence[FinishedRun] = ()) -> PairComparison:
     """Compare a run with an earlier one.
+
+    Parameters
+    ----------
+    before, after : FinishedRun
+    history : sequence of FinishedRun, optional
+        Other runs, on which the noise is estimated together with these two; those that are not comparable are ignored.
 
     Raises
     ------
     ConfigurationError
         If their folds consist of different images, or too few folds have a result in both.
     """
+    return compare_with_baseline(after, baseline_noise(before, [after, *history]))
+
+
+def baseline_noise(baseline: FinishedRun, runs: Sequence[FinishedRun]) -> BaselineNoise:
+    """Return the noise of the differences from a baseline, given all runs; itself and duplicates are ignored."""
+    others = {run.path: run for run in runs if run.path != baseline.path and comparable(baseline, run)}
+    return BaselineNoise(baseline, list(others.values()))
+
+
+def compare_with_baseline(after: FinishedRun, noise: BaselineNoise) -> PairComparison:
+    """Compare a run with the baseline of `noise`; see `compare_runs`."""
+    before = noise.baseline
     reason = why_not_comparable(before, after)
     if reason is not None:
         raise ConfigurationError(reason)
-    folds = _common_folds(before, after)
-    metrics = {}
+    differences = []
     for metric in METRICS:
-        old = [getattr(old_fold, metric) for old_fold, _ in folds]
-        new = [getattr(new_fold, metric) for _, new_fold in folds]
-        metrics[metric] = compare_metric(metric, old, new, after.identity.folds)
-    return PairComparison(before, after, changes_between(before, after), metrics)
+        old, new = _metric_values(before, after, metric)
+        differences.append(compare_metric(metric, old, new, after.identity.folds, noise.metrics[metric]))
+    metrics = {difference.metric: difference for difference in correct_together(differences)}
+    return PairComparison(before, after, changes_between(before, after), metrics, noise)
+
+
+def _metric_values(before: FinishedRun, after: FinishedRun, metric: str) -> tuple[list[float], list[float]]:
+    """Return a metric in the folds that both runs have."""
+    folds = _common_folds(before, after)
+    return [getattr(old, metric) for old, _ in folds], [getattr(new, metric) for _, new in folds]
+
+
+def _f1_values(before: FinishedRun, after: FinishedRun) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the F1 score in the folds that both runs have, of each class that has one in all of them."""
+    scores = [(old.f1, new.f1) for old, new in _common_folds(before, after)]
+    values = {}
+    for name in scores[0][0]:
+        if all(name in old and name in new for old, new in scores):
+            values[name] = ([old[name] for old, _ in scores], [new[name] for _, new in scores])
+    return values
 
 
 def _common_folds(before: FinishedRun, after: FinishedRun) -> list[tuple[Fold, Fold]]:
     return [(fold, after.folds[name]) for name, fold in before.folds.items() if name in after.folds]
 
 
+def describe_noise(noise: BaselineNoise, differences: Iterable[MetricDifference]) -> str:
+    """Return on how many runs the noise of some differences is estimated, as a sentence."""
+    runs = dict.fromkeys(METRICS, 2)
+    for difference in differences:
+        prior = noise.metrics[difference.metric]
+        if prior is not None and difference.is_moderated:
+            runs[difference.metric] = prior.comparisons + 1
+    if set(runs.values()) == {2}:
+        return "Noise estimated on the 2 runs of each comparison."
+    if len(set(runs.values())) == 1:
+        return f"Noise estimated on {runs['accuracy']} runs with these folds."
+    by_metric = " and ".join(f"{number} runs ({metric})" for metric, number in runs.items())
+    return f"Noise estimated on {by_metric} with these folds."
+
+
 def _metric_lines(difference: MetricDifference) -> list[str]:
     old, new = float(np.mean(difference.before)), float(np.mean(difference.after))
-    change = f"{signed(difference.mean)} ± {difference.standard_error:.4f}"
-    unit = " (± standard error)" if difference.metric == "accuracy" else ""  # once is enough
-    return [
-        f"  {difference.metric:<10}{old:.4f} → {new:.4f}   {change}{unit}",
+    lines = [
+        f"  {difference.metric:<10}{old:.4f} → {new:.4f}   {_change(difference)}",
         f"{'':12}{_verdict_with_reason(difference)}",
     ]
+    if difference.has_interval and difference.verdict == "not significant":
+        lines.append(f"{'':12}A difference of {difference.detectable:.4f} would be found in 80 % of cases.")
+    return lines
+
+
+def _change(difference: MetricDifference) -> str:
+    """Return the mean difference with its interval, such as ``+0.0015 ± 0.0012 (95 %)``."""
+    mean = signed(difference.mean)
+    return f"{mean} ± {difference.ci_half_width:.4f} (95 %)" if difference.has_interval else mean
 
 
 def _verdict_with_reason(difference: MetricDifference) -> str:
-    verdict = difference.verdict(difference.p)
+    verdict = difference.verdict
     if verdict == "identical":
         return "identical in every fold"
-    if math.isnan(difference.p):
+    if not difference.has_interval:
         return "not significant (the same change in every fold, so no p)"
-    p = "p < 0.0001" if difference.p < 0.0001 else f"p = {difference.p:.2g}"
+    p = "p < 0.0001" if difference.corrected_p < 0.0001 else f"p = {difference.corrected_p:.2g}"
     if verdict == "not significant":
         return f"not significant ({p})"
     same_direction = sum(change * difference.mean > 0 for change in difference.per_fold)

@@ -4,6 +4,8 @@ The final fit is never read: test images take no part in any comparison.
 """
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ from experiment.errors import ConfigurationError
 from experiment.files import relative_to_cwd
 
 MAX_NAMES = 10  # runs that the message on an ambiguous name lists
+TIME_IN_NAME = re.compile(r"-(\d{8}-\d{6})(-\d+)?$")  # of a run directory; the number if there are two in a second
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -28,7 +31,7 @@ class NetworkRecord(_Record):
     name: str
     printed: str
     parameters: int
-    fingerprint: list[float]
+    fingerprint: dict[str, list[float]]
 
 
 class Identity(_Record):
@@ -47,6 +50,7 @@ class Identity(_Record):
     threads: int
     torch: str
     images: str
+    code: dict[str, str]
     network: NetworkRecord
 
 
@@ -118,6 +122,11 @@ class FinishedRun:
         """When the run finished."""
         return self.started + timedelta(seconds=self.seconds)
 
+    @property
+    def created(self) -> datetime:
+        """When the run was first started: the time in the folder's name or, if the user renamed it, `started`."""
+        return _time_in_name(self.path.name) or self.started
+
 
 def read_runs(runs_dir: Path) -> tuple[list[FinishedRun], list[str]]:
     """Return all finished runs in a folder, the newest first, and why each other run cannot be read.
@@ -139,7 +148,8 @@ def read_runs(runs_dir: Path) -> tuple[list[FinishedRun], list[str]]:
 def find_run(name: str, runs_dir: Path) -> FinishedRun:
     """Return the run with the path or name `name`, or the only one in `runs_dir` whose name contains it.
 
-    A time may be written with colons, as the overview shows it.
+    A time may be written with colons, as the overview shows it. The path of the result is that under which `read_runs`
+    lists the run, however the user wrote it.
 
     Raises
     ------
@@ -148,8 +158,8 @@ def find_run(name: str, runs_dir: Path) -> FinishedRun:
     """
     for path in (Path(name), runs_dir / name):
         if os.path.isdir(path):  # unlike Path.is_dir, it never raises
-            return read_run(path)
-    found = [path for path in _subfolders(runs_dir) if name.replace(":", "") in path.name]
+            return read_run(_resolve(path, runs_dir))
+    found = _matches(name, _subfolders(runs_dir))
     if len(found) == 1:
         return read_run(found[0])
     where = display_path(runs_dir)
@@ -160,6 +170,41 @@ def find_run(name: str, runs_dir: Path) -> FinishedRun:
     if len(found) > MAX_NAMES:
         lines.append(f"  and {len(found) - MAX_NAMES} more")
     raise ConfigurationError("\n".join(lines))
+
+
+def _resolve(path: Path, runs_dir: Path) -> Path:
+    """Return a run directory's path as `read_runs` lists it or, if it is in another folder, as an absolute path."""
+    absolute = Path(os.path.abspath(path))
+    if os.path.isdir(runs_dir) and os.path.samefile(absolute.parent, runs_dir):
+        return runs_dir / absolute.name
+    return absolute
+
+
+def _matches(name: str, paths: list[Path]) -> list[Path]:
+    """Return the paths whose folder's name contains a name; a time with colons matches only the time of the run."""
+    if re.fullmatch(r"\d\d:\d\d(:\d\d)?", name):
+        digits = name.replace(":", "")
+        return [path for path in paths if (match := TIME_IN_NAME.search(path.name)) and match[1][9:].startswith(digits)]
+    return [path for path in paths if name.replace(":", "") in path.name]
+
+
+def shortest_names(runs: Iterable[FinishedRun], runs_dir: Path) -> dict[Path, str]:
+    """Return a name for each run by which `find_run` finds it: its time of day, with seconds if needed, or its path."""
+    folders = _subfolders(runs_dir)
+    names = {}
+    for run in runs:
+        times = (f"{run.created:%H:%M}", f"{run.created:%H:%M:%S}")
+        unique = [time for time in times if _matches(time, folders) == [run.path]]
+        names[run.path] = unique[0] if unique else display_path(run.path)
+    return names
+
+
+def _time_in_name(name: str) -> datetime | None:
+    match = TIME_IN_NAME.search(name)
+    try:
+        return datetime.strptime(match[1], "%Y%m%d-%H%M%S").astimezone() if match else None
+    except ValueError:  # digits that are no time
+        return None
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import cloudpickle
 
+import experiment
 from data_files import PROJECT_DIR
 from experiment.errors import RunError
 from train_utils import CloudpickledFactory
@@ -158,7 +159,8 @@ def _start_worker() -> subprocess.Popen[bytes]:
     # Absolute paths, since os.chdir() may have been called; the project's own folder first.
     search_path = [str(PROJECT_DIR), *(os.path.abspath(path) for path in sys.path)]
     command = [sys.executable, "-c", BOOTSTRAP, *search_path]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **own_group)
+    environment = {name: value for name, value in os.environ.items() if name not in experiment.PINNING_VARIABLES}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **own_group)
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

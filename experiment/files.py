@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ def relative_to_cwd(path: Path) -> str:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """Return a dict as the content of a JSON file, UTF-8.
+    """Return a dict as the content of a JSON file, UTF-8; NaN and infinity, which JSON lacks, become null."""
+    finite = _replace_non_finite(content)
+    return (json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
-    Raises
-    ------
-    ValueError
-        If a number is NaN or infinite: JSON has no such numbers.
-    """
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+def _replace_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_non_finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_non_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, content: bytes) -> None:

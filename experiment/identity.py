@@ -5,6 +5,7 @@ from typing import Any
 # The constants of the entry scripts that say what is computed.
 HYPERPARAMETERS = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
 FINGERPRINT_TOLERANCE = 1e-3  # two types of CPU differ by a few parts in a million
+NEGLIGIBLE_GRADIENT = 1e-6  # of the largest: rounding errors, as of a bias before batch norm
 
 
 def same_identity(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -27,10 +28,21 @@ def same_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return same_structure and same_fingerprint(one["fingerprint"], other["fingerprint"])
 
 
-def same_fingerprint(one: list[float], other: list[float]) -> bool:
-    """Return whether two fingerprints agree to one part in a thousand of their largest value."""
-    if len(one) != len(other):
+def same_fingerprint(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
+    """Return whether two fingerprints agree to one part in a thousand.
+
+    Logits are compared with the largest of them, the norm of each gradient with itself.
+    """
+    if any(len(one[name]) != len(other[name]) for name in ("logits", "gradients")):
         return False
-    largest = max(map(abs, [*one, *other]), default=0.0)
-    difference = max((abs(first - second) for first, second in zip(one, other, strict=True)), default=0.0)
-    return difference <= FINGERPRINT_TOLERANCE * largest
+    largest_logit, largest_gradient = (
+        max(map(abs, one[name] + other[name]), default=0.0) for name in ("logits", "gradients")
+    )
+    for first, second in zip(one["logits"], other["logits"], strict=True):
+        if abs(first - second) > FINGERPRINT_TOLERANCE * largest_logit:
+            return False
+    for first, second in zip(one["gradients"], other["gradients"], strict=True):
+        tolerance = FINGERPRINT_TOLERANCE * max(first, second) + NEGLIGIBLE_GRADIENT * largest_gradient
+        if abs(first - second) > tolerance:
+            return False
+    return True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from experiment.errors import ConfigurationError, end_traceback_at_user_code
 from experiment.identity import same_fingerprint
 from experiment.terminal import warn
-from train_utils import build_network, isolated_rng, make_optimizer, train_loop
+from train_utils import build_network, isolated_rng, make_optimizer, seed_generators, train_loop
 
 CLASSES = 10
 FINGERPRINT_IMAGES = 4
@@ -33,15 +33,16 @@ class ModelSummary:
         Its structure as PyTorch prints it, without memory addresses.
     parameters : int
         The number of trainable parameters.
-    fingerprint : list of float
-        The logits of a few fixed random images, in training and in evaluation mode, of the network built from a fixed
-        seed. It changes with what `printed` does not show: a helper function, a constant, an initialisation.
+    fingerprint : dict
+        Of the network built from a fixed seed, for a few fixed random images: its "logits" in training and in
+        evaluation mode, and the norm of the "gradients" of each parameter. It changes with what `printed` does not
+        show: a helper function, a constant, an initialisation, a `.detach()`.
     """
 
     name: str
     printed: str
     parameters: int
-    fingerprint: list[float]
+    fingerprint: dict[str, list[float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON stores it."""
@@ -61,12 +62,11 @@ def check_model(model_class: Callable[[], nn.Module], device: str, precision: st
     Raises
     ------
     ConfigurationError
-        If it cannot be built without arguments, shares parameters with a second network that is built, does not return
-        logits (N, 10), or has no trainable parameters.
+        If it shares parameters with a second network that is built, does not return logits (N, 10), or has no trainable
+        parameters.
     Exception
         What the network itself raises, with the user's own line as the last one of the traceback.
     """
-    _check_callable(model_class)
     try:
         with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
             first = build_network(model_class, CPU)
@@ -76,25 +76,34 @@ def check_model(model_class: Callable[[], nn.Module], device: str, precision: st
                 _check_logits(first, logits, FINGERPRINT_IMAGES)
             second = build_network(model_class, CPU)
             _check_parameters(name, first, second)
+            _check_gradient(first, outputs[0])
+            fingerprint = _fingerprint(first, outputs)
             _train_and_evaluate(second.to(device), torch.device(device), getattr(torch, precision))
     except Exception as error:  # whatever the network raises
         end_traceback_at_user_code(error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
         raise
     _warn_of_probabilities(name, outputs[1])
     parameters = sum(parameter.numel() for parameter in first.parameters() if parameter.requires_grad)
-    return ModelSummary(name, _printed(first), parameters, _fingerprint(outputs))
+    return ModelSummary(name, _printed(first), parameters, fingerprint)
 
 
 def is_same_network(recorded: dict[str, Any], model_class: Callable[[], nn.Module]) -> bool:
     """Return whether a class builds the network that was recorded in config.json; it may have another name."""
     with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, CPU):
         network = build_network(model_class, CPU)
-        outputs = _fingerprint_outputs(network)
+        fingerprint = _fingerprint(network, _fingerprint_outputs(network))
     same_structure = recorded["printed"].partition("(")[2] == _printed(network).partition("(")[2]
-    return same_structure and same_fingerprint(recorded["fingerprint"], _fingerprint(outputs))
+    return same_structure and same_fingerprint(recorded["fingerprint"], fingerprint)
 
 
-def _check_callable(model_class: Callable[[], nn.Module]) -> None:
+def check_callable(model_class: Callable[[], nn.Module]) -> None:
+    """Check that a network can be built without arguments, as far as that shows without calling it.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is built already, or needs arguments.
+    """
     if isinstance(model_class, nn.Module):
         name = type(model_class).__name__
         raise ConfigurationError(
@@ -122,6 +131,14 @@ def _check_logits(network: nn.Module, logits: Any, images: int) -> None:
         raise ConfigurationError(f"{name} must return logits (N, {CLASSES}), got {tuple(logits.shape)}{advice}")
 
 
+def _check_gradient(network: nn.Module, logits: Tensor) -> None:
+    if not logits.requires_grad:
+        raise ConfigurationError(
+            f"{type(network).__name__} returns logits without a gradient: look for torch.no_grad(), .detach(), .item() "
+            "or numpy in its forward"
+        )
+
+
 def _check_parameters(name: str, first: nn.Module, second: nn.Module) -> None:
     """Check that there is something to train, and that it is not the same in two networks."""
     addresses = [
@@ -143,11 +160,6 @@ def _train_and_evaluate(network: nn.Module, device: torch.device, precision: tor
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = network.train()(images)
     _check_logits(network, logits, len(images))
-    if not logits.requires_grad:
-        raise ConfigurationError(
-            f"{type(network).__name__} returns logits without a gradient: look for torch.no_grad(), .detach(), .item() "
-            "or numpy in its forward"
-        )
     nn.CrossEntropyLoss()(logits.float(), labels).backward()
     make_optimizer(network, learning_rate=1e-3).step()
     # Batch norm without running statistics cannot evaluate a single image and raises a ValueError.
@@ -175,8 +187,20 @@ def _fingerprint_outputs(network: nn.Module) -> list[Tensor]:
     return [network.train(training)(_random_images(FINGERPRINT_IMAGES)) for training in (True, False)]
 
 
-def _fingerprint(outputs: list[Tensor]) -> list[float]:
-    finite = torch.cat(outputs).detach().flatten().double().nan_to_num()  # JSON has neither NaN nor infinity
+def _fingerprint(network: nn.Module, outputs: list[Tensor]) -> dict[str, list[float]]:
+    """Return the logits, and the norm of each parameter's gradient in training mode."""
+    seed_generators(FINGERPRINT_SEED)  # whatever was drawn since the network was built
+    logits = network.train()(_random_images(FINGERPRINT_IMAGES))
+    nn.CrossEntropyLoss()(logits, torch.arange(FINGERPRINT_IMAGES) % CLASSES).backward()
+    gradients = [0.0 if each.grad is None else float(each.grad.norm()) for each in network.parameters()]
+    return {
+        "logits": _to_floats(torch.cat(outputs).detach().flatten()),
+        "gradients": _to_floats(torch.tensor(gradients)),
+    }
+
+
+def _to_floats(values: Tensor) -> list[float]:
+    finite = values.double().nan_to_num()  # JSON has neither NaN nor infinity
     return [float(f"{value:.7g}") for value in finite.tolist()]
 
 

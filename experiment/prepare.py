@@ -4,7 +4,8 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,16 +18,16 @@ from torch import nn
 
 from data_files import load_dataset, resolve_path
 from data_utils import Dataset, pixel_statistics
-from experiment.errors import ConfigurationError
-from experiment.executors import external_name, pickle_by_value, uses_other_processes
+from experiment.errors import ConfigurationError, RunError
+from experiment.executors import WorkerDiedError, external_name, pickle_by_value, submit, uses_other_processes
 from experiment.formatting import wrap
 from experiment.identity import HYPERPARAMETERS
-from experiment.model_check import ModelSummary, check_model
+from experiment.model_check import ModelSummary, check_callable, check_model
 from experiment.resources import Resources, resolve_resources
 from experiment.settings import TrainingConfig
 from experiment.terminal import print_line
 from experiment.wandb_key import WandbAccess, resolve_wandb_access
-from train_utils import Fit
+from train_utils import Fit, RemoteError, call_safely, code_digest, code_digests
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,19 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
     """
     started = time.monotonic()
     wandb = resolve_wandb_access(config)
-    resources = resolve_resources(config)
-    model = check_model(model_class, resources.device, resources.precision)
-    factory = _sendable(model_class) if uses_other_processes(pool) else model_class
     executor_name = external_name(pool)
+    check_callable(model_class)
+    factory = _sendable(model_class) if uses_other_processes(pool) else model_class
+    remote_digests = submit(pool, call_safely, code_digests)
+    if executor_name is None:
+        resources, model = _resolve_and_check(model_class, config)
+    else:
+        resources, model = _result_of(submit(pool, call_safely, _resolve_and_check, factory, config))
     print_line(wrap(_describe_plan(config, resources, executor_name, model)))
     dataset = load_dataset(config.dataset, resolve_path(config.data_dir))
     fits = make_fits(config, resources, factory, dataset)
+    with suppress(WorkerDiedError):  # a worker that dies costs no run: each epoch checks its code again
+        _compare_code(_result_of(remote_digests))
     return Experiment(
         config=config,
         resources=resources,
@@ -109,6 +116,52 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
         wandb=wandb,
         started=started,
     )
+
+
+def _resolve_and_check(model_class: Callable[[], nn.Module], config: TrainingConfig) -> tuple[Resources, ModelSummary]:
+    """Resolve the resources and check the network, in the process that trains or whose workers do."""
+    resources = resolve_resources(config)
+    return resources, check_model(model_class, resources.device, resources.precision)
+
+
+def _result_of(future: Future[Any]) -> Any:
+    """Return the result of a first call to an executor; raise what the call raised.
+
+    Raises
+    ------
+    RunError
+        If the executor itself failed.
+    """
+    try:
+        result = future.result()
+    except WorkerDiedError:
+        raise
+    except Exception as error:  # each kind of executor has its own
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise RunError(f"the executor failed at its first call: {type(error).__name__}: {reason}") from None
+    if isinstance(result, RemoteError):
+        raise result.error
+    return result
+
+
+def _compare_code(remote_digests: dict[str, str]) -> None:
+    """Check that the processes that train have the training code of this one.
+
+    Raises
+    ------
+    ConfigurationError
+        If a function was replaced here, or a file edited after it was imported.
+    """
+    here = code_digests()
+    different = sorted(
+        name for name in here.keys() | remote_digests.keys() if here.get(name) != remote_digests.get(name)
+    )
+    if different:
+        files = " and ".join(sorted({f"{name.partition('.')[0]}.py" for name in different}))
+        raise ConfigurationError(
+            f"{', '.join(different)} in this process is not what the processes that train import from {files}. Edit "
+            "the file and start the program (or the notebook's kernel) again, or set WORKERS = 1"
+        )
 
 
 def _sendable(model_class: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -155,6 +208,7 @@ def make_fits(
         device=resources.device,
         precision=resources.precision,
         threads=resources.threads,
+        code_digest=code_digest(),
     )
     folds = []
     labels = dataset.train_labels.numpy()
@@ -205,6 +259,7 @@ def make_identity(config: TrainingConfig, resources: Resources, fits: list[Fit],
         "threads": resources.threads,
         "torch": str(torch.__version__),
         "images": _digest_of_folds(fits),
+        "code": code_digests(),
         "network": model.to_dict(),
     }
 

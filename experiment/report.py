@@ -104,14 +104,17 @@ def _file_contains(path: Path, line: str) -> bool:
 
 
 def _epochs_table(result: ExperimentResult) -> str:
-    """Return the means over the folds after each epoch."""
-    lines = [
-        "| epoch | training: loss | accuracy | validation: loss | accuracy |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for epochs in zip(*(fold.history for fold in result.folds), strict=True):
+    """Return the means over the folds after each epoch, also of metrics that the user added to `run_epoch`."""
+    histories = [fold.history for fold in result.folds]
+    standard = {"train/loss": "training: loss", "train/accuracy": "accuracy"}
+    standard |= {"validation/loss": "validation: loss", "validation/accuracy": "accuracy"}
+    recorded = list(histories[0][0]) if histories else []
+    own = {name: name for name in recorded if name not in {"epoch", "learning_rate", *standard}}
+    columns = standard | own
+    lines = [f"| epoch | {' | '.join(columns.values())} |", f"| --- |{' --- |' * len(columns)}"]
+    for epochs in zip(*histories, strict=True):
         cells = [f"{epochs[0]['epoch']}"]
-        for name in ("train/loss", "train/accuracy", "validation/loss", "validation/accuracy"):
+        for name in columns:
             cells.append(f"{statistics.fmean(epoch[name] for epoch in epochs):.4f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,11 +1,15 @@
 """Device, precision, threads and workers of a run, resolved from the settings on this machine."""
 
+import os
 from dataclasses import dataclass
 
 import joblib
 import torch
 
-from experiment.settings import TrainingConfig, device_available
+import experiment
+from experiment.errors import ConfigurationError
+from experiment.settings import TrainingConfig
+from experiment.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,27 @@ class Resources:
 
 
 def resolve_resources(config: TrainingConfig) -> Resources:
-    """Return what the fits of a configuration are trained with on this machine.
+    """Return what the fits of a configuration are trained with, if they are trained in this process or below it.
 
     The number of threads can change the last bits of a result, so it does not depend on WORKERS. Workers × threads
     never exceeds the number of cores; on a GPU one fit is trained at a time.
+
+    Raises
+    ------
+    ConfigurationError
+        If this machine does not have the device.
     """
     device = config.device
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if device_available(name))
+    if not device_available(device):
+        raise ConfigurationError(f"DEVICE must be a device of the machine that trains, got {device!r}")
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(device) else "float32"
 
     fits = config.folds + 1
+    _undo_pinning()
     cores = joblib.cpu_count()  # cores that this process may use: fewer than the machine has, in a container
     threads = max(1, cores // min(cores, fits))
     workers = 1
@@ -50,6 +62,27 @@ def resolve_resources(config: TrainingConfig) -> Resources:
         if config.workers != "auto":
             workers = min(workers, int(config.workers))
     return Resources(device, precision, threads, workers)
+
+
+def device_available(device: str) -> bool:
+    """Return whether this machine has "cpu", "mps", "cuda" or "cuda:N"."""
+    if device.startswith("cuda"):
+        return int(device.partition(":")[2] or 0) < torch.cuda.device_count()
+    return device != "mps" or torch.backends.mps.is_available()
+
+
+def _undo_pinning() -> None:
+    """Give this process back the cores that it had before torch was imported.
+
+    If OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY is set, importing torch pins the process to one core.
+    """
+    variables = [name for name in experiment.PINNING_VARIABLES if os.environ.get(name)]
+    if not variables or not hasattr(os, "sched_setaffinity"):
+        return
+    if experiment.INITIAL_CORES is not None:
+        os.sched_setaffinity(0, experiment.INITIAL_CORES)
+    elif len(os.sched_getaffinity(0)) == 1:
+        warn(f"{variables[0]} pins this process to one core. Unset it, or import experiment before torch.")
 
 
 def _bfloat16_is_faster(device: str) -> bool:

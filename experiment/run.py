@@ -69,7 +69,9 @@ def publish(result: ExperimentResult, experiment: Experiment, folder: RunDirecto
     comparison = ""
     with nonfatal("a comparison"):
         nearest = compare_with_nearest(folder.path, result.to_dict(), experiment.identity)
-        if nearest is not None:
+        if isinstance(nearest, str):
+            comparison = nearest
+        else:
             comparison = nearest.text
             figures["compare.png"] = png_bytes(nearest.figure())
     for name, content in figures.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
-import torch
 from pydantic import AfterValidator, Field, Strict, StrictInt
 from pydantic_core import PydanticCustomError
 
@@ -17,19 +16,7 @@ from experiment.errors import ConfigurationError, user_errors
 from experiment.wandb_sweep import sweep_parameters
 
 MAX_SHOWN = 80  # characters of a bad value in a message
-
-
-def device_available(device: str) -> bool:
-    """Return whether this machine has "cpu", "auto", "mps", "cuda" or "cuda:N"."""
-    if device.startswith("cuda"):
-        return int(device.partition(":")[2] or 0) < torch.cuda.device_count()
-    return device != "mps" or torch.backends.mps.is_available()
-
-
-def _check_device(device: str) -> str:
-    if not device_available(device):
-        raise ValueError
-    return device
+LOOKS_LIKE_KEY = r"[A-Za-z0-9_-]{40,}"  # a W&B API key, which no message may contain
 
 
 def _check_path(path: str | Path) -> str | Path:
@@ -42,11 +29,19 @@ def _check_path(path: str | Path) -> str | Path:
     return path
 
 
+def _refuse_key(path: str | Path) -> str | Path:
+    if re.fullmatch(LOOKS_LIKE_KEY, str(path).strip()) and not Path(path).exists():
+        raise PydanticCustomError("key", "key")
+    return path
+
+
 StrOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
 PathSetting = Annotated[StrOrPath, Field(description="a path"), AfterValidator(_check_path)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", hide_input_in_errors=True)
+)
 class TrainingConfig:
     """All settings of a run, checked; each field is a constant of the entry scripts, in lower case.
 
@@ -67,9 +62,10 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
     mirror: bool = Field(strict=True, description="True or False")
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
-    device: Annotated[str, AfterValidator(_check_device)] = Field(
+    device: str = Field(
         pattern=r"^(cpu|cuda|cuda:\d{1,3}|mps|auto)$",
-        description='"cpu", "cuda", "cuda:N", "mps" or "auto", and available on this machine',
+        strict=True,
+        description='"cpu", "cuda", "cuda:N", "mps" or "auto"',
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(description='"auto", "float32" or "bfloat16"')
     workers: Literal["auto"] | Annotated[StrictInt, Field(ge=1)] = Field(
@@ -82,7 +78,7 @@ class TrainingConfig:
     wandb_project_name: str = Field(
         pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"
     )
-    wandb_api_key_path: PathSetting
+    wandb_api_key_path: Annotated[PathSetting, AfterValidator(_refuse_key)]
     data_dir: PathSetting
     runs_dir: PathSetting
 
@@ -131,6 +127,10 @@ def _error_line(error: Any) -> str:
     name = str(error["loc"][0])
     if error["type"] == "missing":
         return f"{name.upper()} is missing"
+    if error["type"] == "key":
+        return (
+            f"{name.upper()} must be the path of a file, got what looks like an API key: write the key into that file"
+        )
     if name not in config_fields():
         return f"{name.upper()} is not a setting"
     found = repr(error["input"])
@@ -178,7 +178,7 @@ def _read_comments(script: Path) -> dict[str, str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (--help lists the options)")
+        raise ConfigurationError(f"{re.sub(LOOKS_LIKE_KEY, '…', message)} (--help lists the options)")
 
 
 def _parse_value(name: str, string: str) -> Any:
@@ -189,5 +189,5 @@ def _parse_value(name: str, string: str) -> Any:
         return string.lower() == "true"
     try:
         return ast.literal_eval(string)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all of them are raised for odd strings
         return string

@@ -18,7 +18,7 @@ from experiment.prepare import Experiment
 from experiment.run_directory import RunDirectory, serialize
 from experiment.terminal import Progress, print_line, warn
 from experiment.wandb_logging import WandbRuns
-from train_utils import Fit, Metrics, RemoteError, State, call_safely, run_epoch
+from train_utils import Fit, Metrics, RemoteError, State, call_safely
 
 MAX_RETRIES = 3  # times that the same epoch may be lost, for example because a worker is killed
 Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if the fit diverged
@@ -68,8 +68,10 @@ def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs
                 checkpoint = _next_checkpoint(checkpoints[fit.name], fit, state, metrics)
                 checkpoints[fit.name] = checkpoint
                 folder.save_checkpoint(fit.name, checkpoint)
-                runs.log_epoch(fit.name, metrics)
-                all_folds_done = progress.step(fit.name, metrics, diverged=checkpoint["failure"] is not None)
+                runs.log_epoch(fit.name, checkpoint["history"][-1])
+                all_folds_done = progress.step(
+                    fit.name, checkpoint["history"][-1], diverged=checkpoint["failure"] is not None
+                )
                 if all_folds_done:
                     curves.draw(progress.histories)
                 if _is_unfinished(fit, checkpoint):
@@ -112,7 +114,7 @@ def _max_in_flight(experiment: Experiment) -> int:
 def _submit_epoch(
     pool: Executor, fit: Fit, checkpoint: Checkpoint, completed: queue.SimpleQueue[Future[Any]]
 ) -> Future[Any]:
-    future = submit(pool, call_safely, run_epoch, fit, _epochs_done(checkpoint) + 1, checkpoint["state"])
+    future = submit(pool, call_safely, train_utils.run_epoch, fit, _epochs_done(checkpoint) + 1, checkpoint["state"])
     future.add_done_callback(completed.put)
     return future
 
@@ -156,12 +158,32 @@ def _get_result(future: Future[Any]) -> tuple[State, Metrics]:
 def _next_checkpoint(checkpoint: Checkpoint, fit: Fit, state: State, metrics: Metrics) -> Checkpoint:
     """Return the checkpoint after one more epoch; removes "evaluation" from the metrics."""
     evaluation = metrics.pop("evaluation", None)
+    metrics = {name: _to_number(name, value) for name, value in metrics.items()}
     return {
         "state": state,
         "history": [*checkpoint["history"], metrics],
         "evaluation": evaluation,
         "failure": _describe_divergence(fit, checkpoint["history"], metrics, evaluation),
     }
+
+
+def _to_number(name: str, value: Any) -> float:
+    """Return a metric as a Python number, whatever type `run_epoch` returns.
+
+    Raises
+    ------
+    RunError
+        If it is not a single number.
+    """
+    if name == "epoch":
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with several elements
+        raise RunError(
+            f"run_epoch in train_utils.py returned the metric {name!r} as {type(value).__name__}: a metric must be a "
+            "single number. Correct that and run the same command again."
+        ) from None
 
 
 def _describe_divergence(fit: Fit, history: list[Metrics], metrics: Metrics, evaluation: Any) -> str | None:

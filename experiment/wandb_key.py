@@ -6,6 +6,7 @@ import codecs
 import configparser
 import os
 import re
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import requests
 
 from data_files import resolve_path
 from experiment.errors import ConfigurationError, RunError
+from experiment.files import relative_to_cwd
 from experiment.terminal import warn
 from experiment.wandb_sweep import Sweep, pop_sweep_env
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from experiment.settings import TrainingConfig
 
 SERVER_TIMEOUT_SECONDS = 5
+GIT_TIMEOUT_SECONDS = 5
 DEFAULT_SERVER = "https://api.wandb.ai"
 KEY_PATTERN = r"[A-Za-z0-9_.-]{40,}"
 ADVICE = 'Put yours there (https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
@@ -51,13 +54,14 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
         In a sweep, if the server does not respond as expected.
     """
     sweep = pop_sweep_env()
+    key_path = resolve_path(config.wandb_api_key_path)
+    _warn_if_git_would_commit(key_path)
     mode = _mode_in_environment() or config.wandb_mode
     if mode in ("offline", "disabled"):
         if sweep:
             raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
         return WandbAccess(mode)
 
-    key_path = resolve_path(config.wandb_api_key_path)
     base_url = server_url()
     key, source = find_api_key(key_path, base_url)
     if key is None:
@@ -79,6 +83,25 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
         raise RunError(f"a sweep needs W&B's server, but {base_url} does not respond as expected ({problem}).")
     warn(f"W&B: {base_url} does not respond as expected ({problem}), so this run is logged offline.")
     return WandbAccess("offline")
+
+
+def _warn_if_git_would_commit(key_path: Path) -> None:
+    """Print how to keep git from committing the key, if the key file is tracked and contains one."""
+    try:
+        if _key_in_file(key_path) is None:
+            return
+        listing = subprocess.run(
+            ["git", "ls-files", "-v", "--", key_path.name],
+            cwd=key_path.parent,
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_SECONDS,
+        ).stdout
+    except (OSError, ConfigurationError, subprocess.SubprocessError):  # no git, or no readable file
+        return
+    if listing.startswith("H "):  # tracked; "S" is skip-worktree, "h" assume-unchanged
+        command = f"git update-index --skip-worktree {relative_to_cwd(key_path)}"
+        warn(f"W&B: git would commit the API key in {relative_to_cwd(key_path)}. Prevent that with\n  {command}")
 
 
 def _mode_in_environment() -> str | None:

@@ -91,7 +91,7 @@ def make_experiment(network: str = "NeuralNetwork", test_predictions: Prediction
         config=SimpleNamespace(to_dict=lambda: CONFIG),
         dataset=make_dataset(torch.tensor([true for true, _, _ in test_predictions])),
         environment=ENVIRONMENT,
-        model=ModelSummary(name=network, printed=f"{network}()", parameters=669706, fingerprint=[]),
+        model=ModelSummary(name=network, printed=f"{network}()", parameters=669706, fingerprint={}),
         started=time.monotonic() - SECONDS,
     )
 

@@ -19,7 +19,7 @@ NETWORK: dict[str, Any] = {
     "name": "Network",
     "printed": PRINTED,
     "parameters": 50890,
-    "fingerprint": [0.5, -1.25, 2.0],
+    "fingerprint": {"logits": [0.5, -1.25, 2.0], "gradients": [0.25, 1.5]},
 }
 IDENTITY: dict[str, Any] = {
     "dataset": "FashionMNIST",
@@ -35,6 +35,7 @@ IDENTITY: dict[str, Any] = {
     "threads": 1,
     "torch": "2.14.1",
     "images": "3fa4",
+    "code": {"train_utils.run_epoch": "a1", "train_utils.train_loop": "b2"},
     "network": NETWORK,
 }
 BASE = np.array([0.921, 0.925, 0.919, 0.928, 0.923])

@@ -69,11 +69,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     del sys.modules["users_own"]
 
 
-def fingerprint(model_class: Callable[[], nn.Module]) -> list[float]:
+def fingerprint(model_class: Callable[[], nn.Module]) -> dict[str, list[float]]:
     return check_model(model_class, "cpu", "float32").fingerprint
 
 
-def fingerprint_in_worker(model_class: Callable[[], nn.Module], pool: Executor) -> list[float]:
+def fingerprint_in_worker(model_class: Callable[[], nn.Module], pool: Executor) -> dict[str, list[float]]:
     return pool.submit(check_model, pickle_by_value(model_class), "cpu", "float32").result().fingerprint
 
 
@@ -237,7 +237,7 @@ def test_after_an_error_waiting_epochs_are_cancelled(configure: Configure) -> No
 
     with RecordingExecutor(1) as executor, pytest.raises(OSError, match="as planned"):
         configure(main_tutorial, NeuralNetwork=Raising, FOLDS=5).main(executor=executor)
-    assert len(futures) == 6  # the first epoch of each fit
+    assert len(futures) == 8  # two calls before training, and the first epoch of each fit
     assert sum(future.cancelled() for future in futures) >= 4
 
 

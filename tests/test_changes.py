@@ -14,6 +14,7 @@ from comparison.changes import (
     describe_changes,
     nearest_run,
     why_not_comparable,
+    why_nothing_comparable,
 )
 from comparison.run_reader import display_path, read_run
 
@@ -29,6 +30,10 @@ def changes(tmp_path: Path, old: dict[str, Any] | None = None, **new: Any) -> li
     """Return the changes between a run with the network `old` and one with the identity `new`."""
     one, other = make_run(tmp_path / "one", network=old), make_run(tmp_path / "other", **new)
     return [change.text for change in changes_between(read_run(one), read_run(other))]
+
+
+def make_fingerprint(last_logit: float) -> dict[str, list[float]]:
+    return {"logits": [0.5, -1.25, last_logit], "gradients": [0.25, 1.5]}
 
 
 def test_repetition_has_no_changes(tmp_path: Path) -> None:
@@ -79,17 +84,30 @@ def test_replaced_layer_is_one_change_and_shows_what_differs(old: str, new: str,
 
 
 def test_another_network_class_is_described_as_one_change(tmp_path: Path) -> None:
-    other = {"name": "Wide", "printed": "Wide(\n" + "  a\n" * 30 + ")", "parameters": 669706, "fingerprint": [1.0]}
+    other = {
+        "name": "Wide",
+        "printed": "Wide(\n" + "  a\n" * 30 + ")",
+        "parameters": 669706,
+        "fingerprint": {"logits": [1.0], "gradients": []},
+    }
     assert changes(tmp_path, network=other) == ["network Network → Wide (50,890 → 669,706 parameters)"]
 
 
 def test_same_structure_with_another_fingerprint_is_one_change(tmp_path: Path) -> None:
-    found = changes(tmp_path, network={"fingerprint": [0.5, -1.25, 2.1]})
+    found = changes(tmp_path, network={"fingerprint": make_fingerprint(2.1)})
     assert found == ["network with the same structure but other outputs"]
 
 
 def test_fingerprints_that_differ_by_rounding_are_no_change(tmp_path: Path) -> None:
-    assert changes(tmp_path, network={"fingerprint": [0.5, -1.25, 2.00001]}) == []
+    assert changes(tmp_path, network={"fingerprint": make_fingerprint(2.00001)}) == []
+
+
+def test_edited_functions_of_the_training_code_are_named_and_count_one_each(tmp_path: Path) -> None:
+    code = {"train_utils.run_epoch": "other", "train_utils.train_loop": "b2", "train_utils.own": "new"}
+    before, after = make_run(tmp_path / "one"), make_run(tmp_path / "other", code=code)
+    assert changes_between(read_run(before), read_run(after)) == [
+        Change("training code: run_epoch, own edited", distance=2)
+    ]
 
 
 def test_equal_changes_are_counted() -> None:
@@ -185,3 +203,31 @@ def test_run_that_is_not_comparable_is_never_the_nearest(tmp_path: Path) -> None
 def test_run_is_not_its_own_nearest(before: Path) -> None:
     run = read_run(before)
     assert nearest_run(run, [run]) is None
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ([], "First finished run: there is nothing to compare it with yet."),
+        ([{"rng_seed": 1}], "First run with these folds (RNG_SEED 314)."),
+        ([{"dataset": "KMNIST", "rng_seed": 1}], "First run with these folds (DATASET FashionMNIST, RNG_SEED 314)."),
+        ([{"dataset": "KMNIST", "rng_seed": 1}, {"folds": 10}], "First run with these folds (FOLDS 5)."),
+        ([{}], "First run with these images: those of the other runs on this data set were other ones."),
+        (
+            [{"images": "3fa4", "accuracies": [np.nan, np.nan, np.nan, np.nan, 0.9]}],
+            "Not compared with other runs: none has a result in two of the same folds.",
+        ),
+    ],
+)
+def test_run_that_cannot_be_compared_has_a_reason(others: list[dict[str, Any]], reason: str, tmp_path: Path) -> None:
+    runs = []
+    for number, identity in enumerate(others):
+        runs.append(read_run(make_run(tmp_path / f"{number}", **{"images": "77"} | identity)))
+    run = read_run(make_run(tmp_path / "now"))
+    assert nearest_run(run, [*runs, run]) is None and why_nothing_comparable(run, [*runs, run]) == reason
+
+
+def test_run_with_a_single_result_has_a_reason(before: Path, tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "now", [0.9, *[np.nan] * 4]))
+    expected = "Not compared with other runs: fewer than two folds have a result."
+    assert why_nothing_comparable(run, [read_run(before)]) == expected

@@ -250,3 +250,12 @@ def test_file_of_a_network_may_contain_dataclasses_and_import_its_neighbours(
     (tmp_path / "with_a_dataclass.py").write_text(WITH_A_DATACLASS)
     (tmp_path / "neighbour.py").write_text("from models import ConvolutionalNeuralNetwork")
     assert load_network(read_run(run_dir), f"{tmp_path / 'with_a_dataclass.py'}:Own").class_names[:2] == ["0", "1"]
+
+
+@pytest.mark.parametrize("largest", [1.0, 255.0, 65535.0])
+def test_floating_point_tiff_is_scaled_by_its_range(largest: float, tmp_path: Path) -> None:
+    pixels = np.zeros((28, 28), dtype=np.float32)
+    pixels[8:20, 12:16] = largest
+    Image.fromarray(pixels).save(tmp_path / "picture.tiff")
+    image = read_picture(tmp_path / "picture.tiff")
+    assert (image[0, 0], image[14, 14]) == (0, 255)

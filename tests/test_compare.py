@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, Configure, start_python
 from PIL import Image
@@ -50,7 +51,12 @@ def test_without_names_all_comparable_runs_are_shown(command: Run, before: Path)
 
 def test_single_run_has_nothing_to_be_compared_with(command: Run, before: Path) -> None:
     message = "Bad configuration:\n  There is nothing in runs to compare runs/before with.\n"
-    assert command() == (message, 2) and command("before") == (message, 2)
+    assert command() == (message, 2)
+    reason = "runs/before: First finished run: there is nothing to compare it with yet."
+    assert command("before") == (f"Bad configuration:\n  {reason}\n", 2)
+    make_run(before.parent / "other", rng_seed=315, images="77")
+    reason = "runs/other: First run with these folds (RNG_SEED 315)."
+    assert command("other") == (f"Bad configuration:\n  {reason}\n", 2)
 
 
 def test_folder_without_runs_is_named(command: Run) -> None:
@@ -65,6 +71,53 @@ def test_one_name_is_compared_with_its_nearest_run(command: Run, before: Path) -
     assert not list(before.parent.rglob("*.png"))
 
 
+@pytest.mark.parametrize("name", ["runs/two", "runs/two/", "./runs/two", "two/", "../{folder}/runs/two"])
+def test_run_is_not_compared_with_itself_however_its_path_is_written(
+    name: str, command: Run, before: Path, tmp_path: Path
+) -> None:
+    make_run(before.parent / "two", BETTER, minutes=2, epochs=3)
+    name = name.format(folder=tmp_path.name)
+    for path in (name, str(tmp_path / "runs" / "two")):
+        output, status = command(path)
+        assert status == 0 and output.startswith("runs/two\nCompared with runs/before\n  EPOCHS 10 → 3\n")
+    errors, status = command(name, "two")
+    assert status == 2 and f"{name} and two are the same run, runs/two. Name different runs." in errors.replace(
+        "\n  ", " "
+    )
+
+
+def test_two_runs_are_compared_with_the_noise_of_all(command: Run, before: Path) -> None:
+    for number in range(5):
+        noise = np.random.default_rng(number).normal(0, 0.002, 5)
+        make_run(before.parent / f"N-20261126-19{number:02}00", BASE + noise, minutes=30 + number, mirror=True)
+    for names in (("19:04",), ("before", "19:03")):
+        output, _ = command(*names)
+        assert "Noise estimated on 6 runs with these folds." in output.replace("\n ", "")
+    output, _ = command("before", "19:00", "19:01")
+    assert "Noise estimated on 6 runs with these folds." in output.replace("\n", " ")
+
+
+def test_last_and_baseline_choose_what_is_shown(command: Run, before: Path) -> None:
+    for number in range(4):
+        noise = np.random.default_rng(number).normal(0, 0.002, 5)
+        make_run(before.parent / f"N-20261126-19{number:02}00", BASE + noise, minutes=30 + number, epochs=number + 1)
+    output, status = command("--last", "2")
+    assert status == 0 and output.startswith("Baseline: runs/N-20261126-190200\n") and "19:03 " in output
+    assert "19:01 " not in output and "3 runs before these (--last 5 shows all)" in output.replace("\n", " ")
+    output, status = command("--last", "2", "--baseline", "before")
+    assert status == 0 and output.startswith("Baseline: runs/before\n") and "19:02 " in output and "19:03 " in output
+    output, status = command("19:01", "--baseline", "runs/before")
+    assert status == 0 and output.startswith("runs/N-20261126-190100\nCompared with runs/before\n")
+    output, status = command("--baseline", "nowhere")
+    assert status == 2 and "No run in runs has nowhere in its name." in output
+
+
+@pytest.mark.parametrize("arguments", [["--last", "1"], ["--last", "many"], ["--last", "3", "before"]])
+def test_last_is_an_integer_of_at_least_two_without_names(arguments: list[str], command: Run, before: Path) -> None:
+    errors, status = command(*arguments)
+    assert status == 2 and "--last" in errors and "Traceback" not in errors
+
+
 def test_two_names_are_compared_in_their_order(command: Run, before: Path) -> None:
     make_run(before.parent / "after", BETTER, minutes=1)
     output, status = command("after", "bef")
@@ -77,7 +130,7 @@ def test_of_several_names_the_first_is_the_baseline(command: Run, before: Path) 
     make_run(before.parent / "three", minutes=3)
     output, status = command("one", "two", "bef")
     assert status == 0 and output.startswith("Baseline: runs/one\n") and "three" not in output
-    assert "corrected for 2 comparisons" in output.replace("\n", " ")
+    assert "corrected for 4 comparisons" in output.replace("\n", " ")
 
 
 def test_runs_that_are_not_comparable_are_named_one_line_each(command: Run, before: Path) -> None:
@@ -99,7 +152,7 @@ def test_help_explains_the_test_and_its_limits_in_80_columns(
     with pytest.raises(SystemExit, match="0"):
         main()
     output = capsys.readouterr().out
-    assert output.startswith("usage: compare.py [-h] [--runs-dir FOLDER] [RUN ...]\n\nDid it help?")
+    assert output.startswith("usage: compare.py [-h] ") and "\n\nDid it help?" in output
     assert "\n\nLimits. " in output and "\n\nThe test is the corrected paired t-test" in output
     assert max(map(len, output.splitlines())) <= 80
 
@@ -119,7 +172,7 @@ def test_overview_of_200_runs_takes_at_most_three_seconds(tmp_path: Path) -> Non
     for number in range(200):
         make_run(runs_dir / f"N-{number:06}", BASE + number / 1e5, minutes=number, epochs=1 + number, classes=FASHION)
     before = os.times()
-    process = start_python(tmp_path, str(REPOSITORY / "compare.py"), "--runs-dir", "runs")
+    process = start_python(tmp_path, str(REPOSITORY / "compare.py"), "--runs-dir", "runs", "--last", "200")
     output, errors = process.communicate(timeout=60)
     after = os.times()
     assert (process.returncode, errors) == (0, "") and output.count("EPOCHS") == 199
@@ -163,7 +216,8 @@ def test_real_run_is_compared_in_the_terminal_and_in_its_report(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     first = configure(main_tutorial, EPOCHS=1, WORKERS=1).main()
-    assert "Compared" not in capsys.readouterr().out + (first.run_dir / "report.md").read_text()
+    for text in (capsys.readouterr().out, (first.run_dir / "report.md").read_text()):
+        assert "First finished run: there is nothing to compare it with yet." in text and "Compared" not in text
     second = configure(main_tutorial, EPOCHS=1, WORKERS=1, BATCH_SIZE=256).main()
     for text in (capsys.readouterr().out, (second.run_dir / "report.md").read_text()):
         assert f"Compared with runs/{first.run_dir.name}\n  BATCH_SIZE 64 → 256\n  accuracy  " in text

@@ -154,7 +154,7 @@ def assignments(page: Path) -> list[str]:
 
 @pytest.mark.parametrize(("page", "assignment"), on_each_page(assignments))
 def test_value_is_accepted(page: Path, assignment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiment.settings.device_available", lambda device: True)
+    monkeypatch.setattr("experiment.resources.device_available", lambda device: True)
     name, _, value = assignment.partition(" = ")
     TrainingConfig.from_constants(vars(main_cnn) | {name: ast.literal_eval(value)})
 

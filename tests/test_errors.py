@@ -62,7 +62,7 @@ def test_standard_streams_that_fail_do_not_end_the_run(redirection: str, tmp_pat
     "variables",
     [
         {"PYTHONIOENCODING": "ascii"},
-        {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/none", "HOME": "/none", "LC_ALL": "C"},
+        {"PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1", "TMPDIR": "/proc/none", "HOME": "/proc/none", "LC_ALL": "C"},
     ],
     ids=["ASCII terminal", "others"],
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiment.errors import ConfigurationError
 from experiment.identity import same_network
-from experiment.model_check import ModelSummary, check_model, is_same_network
+from experiment.model_check import ModelSummary, check_callable, check_model, is_same_network
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 
 
@@ -115,9 +115,6 @@ class SharedTensor(nn.Module):
 @pytest.mark.parametrize(
     ("model_class", "message"),
     [
-        (NeedsWidth, "the network must be built without arguments: missing a required argument: 'width'. functools."),
-        (BUILT, "the network must be a class, or a function that builds it, got a NeuralNetwork that is already built"),
-        (3, "the network must be built without arguments: 3 is not a callable object"),
         (changed_output(lambda logits, training: logits.detach()), "Changed returns logits without a gradient: "),
         (changed_output(lambda logits, training: (logits, 1)), "Changed must return logits (N, 10), got tuple"),
         (
@@ -136,11 +133,25 @@ class SharedTensor(nn.Module):
         (lambda: nn.Sequential(nn.Flatten(), SHARED_LAYER), "Sequential shares parameters with a second network"),
         (SharedTensor, "SharedTensor shares parameters with a second network"),
     ],
-    ids="arguments built number detach tuple classes squeeze untrainable instance layer tensor".split(),
+    ids="detach tuple classes squeeze untrainable instance layer tensor".split(),
 )
 def test_network_that_cannot_be_trained_is_refused_in_one_line(model_class: Any, message: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         check(model_class)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [
+        (NeedsWidth, "the network must be built without arguments: missing a required argument: 'width'. functools."),
+        (BUILT, "the network must be a class, or a function that builds it, got a NeuralNetwork that is already built"),
+        (3, "the network must be built without arguments: 3 is not a callable object"),
+    ],
+)
+def test_network_that_cannot_be_built_is_refused_in_one_line(model_class: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        check_callable(model_class)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -257,7 +268,7 @@ def test_network_that_returns_only_zeros_or_infinity_has_a_fingerprint(value: fl
 def test_fingerprint_is_the_same_on_another_kind_of_cpu(environment: dict[str, str]) -> None:
     code = """
 import json, models
-from experiment.model_check import check_model
+from experiment.model_check import check_callable, check_model
 print(json.dumps(check_model(models.ConvolutionalNeuralNetwork, "cpu", "float32").to_dict()))
 """
     command = [sys.executable, "-c", code]

@@ -1,6 +1,7 @@
 """Several runs compared with a baseline: the text and the figure."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from synthetic_runs import BASE, BETTER, NOISE, PRINTED, make_run
 
 from comparison.overview import overview_of, overview_of_all
-from comparison.run_reader import FinishedRun, read_run, read_runs
+from comparison.run_reader import FinishedRun, find_run, read_run, read_runs
+from comparison.statistics import holm
 from experiment.errors import ConfigurationError
 
 CONVOLUTION = PRINTED.replace("ReLU()", "Conv2d(32, 64, kernel_size=(3, 3), stride=(1, 1), bias=False)")
@@ -20,7 +22,7 @@ CHANGES: list[dict[str, Any]] = [
     {"epochs": 3},
     {"network": {"printed": CONVOLUTION}},
     {"network": {"name": LONG_NAME, "printed": f"{LONG_NAME}()", "parameters": 893546}},
-    {"network": {"fingerprint": [1.0, 2.0, 3.0]}},
+    {"network": {"fingerprint": {"logits": [1.0, 2.0, 3.0], "gradients": [0.25, 1.5]}}},
     {"batch_size": 16, "learning_rate": 0.003, "lr_schedule": "one_cycle", "precision": "bfloat16", "threads": 2},
     {},
     {"torch": "2.15.0+cu130"},
@@ -56,55 +58,139 @@ def test_overview_of_hand_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_run(runs_dir / "N-20261126-183100", BETTER, minutes=1, mirror=True)
     make_run(runs_dir / "N-20261126-183200", NOISE, minutes=2, epochs=3, network={"printed": linear})
     make_run(runs_dir / "N-20261126-183300", BASE + 0.01, minutes=3, learning_rate=0.01)
-    make_run(runs_dir / "N-20261126-183400", minutes=4, resumed=True)
+    make_run(runs_dir / "N-20261126-183400", minutes=64, resumed=True)  # an hour later
     make_run(runs_dir / "renamed", [*NOISE[:3], np.nan, np.nan], minutes=5, batch_size=16)
     assert overview_of_all(Path("runs")).text.splitlines() == [
         "Baseline: runs/N-20261126-183000",
         "  the oldest of 6 comparable runs in runs; FashionMNIST, 5 folds, RNG_SEED 314",
         "",
         "        accuracy      change           p    loss      change           p    took",
-        "* 26 Nov  0.9332 +0.0100 ± 0.0000      –  0.0668 −0.0100 ± 0.0000      –    42 s",
+        "* 26 Nov  0.9332 +0.0100               –  0.0668 −0.0100               –    42 s",
         "  18:33 LEARNING_RATE 0.001 → 0.01",
-        "  26 Nov  0.9322 +0.0090 ± 0.0011 0.0032  0.0678 −0.0090 ± 0.0011 0.0032    42 s",
+        "  26 Nov  0.9322 +0.0090 ± 0.0050 <0.001  0.0678 −0.0090 ± 0.0048 <0.001    42 s",
         "  18:31 MIRROR False → True: accuracy better, loss better",
-        "  26 Nov  0.9234 +0.0002 ± 0.0017      1  0.0766 −0.0002 ± 0.0017      1    42 s",
+        "  26 Nov  0.9234 +0.0002 ± 0.0046      1  0.0766 −0.0002 ± 0.0046      1    42 s",
         "  18:32 EPOCHS 10 → 3, ReLU() → Identity()",
         "  26 Nov  0.9232                          0.0768                            42 s",
         "  18:30 baseline",
         "  26 Nov  0.9232    identical             0.0768    identical              >42 s",
         "  18:34 repetition",
-        "  26 Nov  0.9217 +0.0000 ± 0.0020      1  0.0783 +0.0000 ± 0.0020      1    42 s",
-        "  18:35 runs/renamed: BATCH_SIZE 64 → 16 (fold-4, fold-5 diverged)",
+        "  26 Nov  0.9217 +0.0000 ± 0.0052      1  0.0783 +0.0000 ± 0.0052      1    42 s",
+        "  runs/renamed: BATCH_SIZE 64 → 16 (fold-4, fold-5 diverged)",
         "",
-        "* marks the highest accuracy. ± is the standard error. p is corrected for 3",
-        "comparisons per metric (Holm). > is the time since a run was resumed.",
+        "* marks the best accuracy. ± is half the width of the 95 % confidence interval.",
+        "p and ± are corrected for 6 comparisons (Holm). Noise estimated on 4 runs with",
+        "these folds. A run with diverged folds is never marked. > is the time since a",
+        "run was resumed.",
     ]
 
 
 def test_overview_without_a_choice_shows_what_the_runs_have_in_common(before: Path) -> None:
     after = make_run(before.parent / "after", BETTER, mirror=True)
-    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    lines = overview_of(read_run(before), [read_run(after)], before.parent).text.splitlines()
     assert lines[1] == "  FashionMNIST, 5 folds, RNG_SEED 314"
 
 
 def test_rows_are_sorted_by_accuracy_and_the_best_is_marked(ten_runs: list[FinishedRun]) -> None:
-    rows = rows_of(overview_of(ten_runs[0], ten_runs[1:]).text)
+    rows = rows_of(overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent).text)
     accuracies = [float(row[8:16]) for row in rows]
     assert len(rows) == 10 and accuracies == sorted(accuracies, reverse=True)
     assert [row[0] for row in rows] == ["*", *[" "] * 9]
 
 
 def test_p_is_corrected_for_all_comparisons_but_the_repetition(ten_runs: list[FinishedRun]) -> None:
-    overview = overview_of(ten_runs[0], ten_runs[1:])
+    overview = overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent)
     best = overview.rows[0]
     assert best.comparison is not None
-    assert best.p["accuracy"] == pytest.approx(8 * best.comparison.metrics["accuracy"].p)
-    assert "p is corrected for 8 comparisons per metric (Holm)" in overview.text.replace("\n", " ")
-    assert rows_of(overview.text)[0].split()[4:8] == ["+0.0390", "±", "0.0011", "<0.001"]
+    p_values = []
+    for comparison in (row.comparison for row in overview.rows if row.comparison and not row.comparison.is_identical):
+        p_values += [difference.p for difference in comparison.metrics.values()]
+    assert len(p_values) == 16
+    assert best.comparison.metrics["accuracy"].corrected_p == pytest.approx(16 * min(p_values), rel=0.1)
+    assert "p and ± are corrected for 16 comparisons (Holm)" in overview.text.replace("\n", " ")
+    assert rows_of(overview.text)[0].split()[4:8:3] == ["+0.0390", "<0.001"]
 
 
-def test_single_comparison_is_not_corrected(ten_runs: list[FinishedRun]) -> None:
-    assert "corrected" not in overview_of(ten_runs[0], ten_runs[1:2]).text
+def test_accuracy_and_loss_are_corrected_together(ten_runs: list[FinishedRun]) -> None:
+    overview = overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent)
+    differences = [each for row in overview.rows if row.comparison for each in row.comparison.metrics.values()]
+    corrected = holm([each.p if each.has_interval else np.nan for each in differences])
+    np.testing.assert_array_equal([each.corrected_p for each in differences], corrected)
+
+
+def test_noise_is_estimated_on_runs_that_are_not_shown(ten_runs: list[FinishedRun]) -> None:
+    runs_dir = ten_runs[0].path.parent
+    alone = overview_of(ten_runs[0], ten_runs[1:2], runs_dir)
+    with_history = overview_of(ten_runs[0], ten_runs[1:2], runs_dir, ten_runs)
+    assert "Noise estimated on the 2 runs of each comparison." in " ".join(alone.text.split())
+    assert "Noise estimated on 9 runs with these folds." in " ".join(with_history.text.split())
+    assert len(with_history.rows) == 2
+
+
+def test_run_whose_hardest_fold_diverged_is_not_the_best(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000", BASE, minutes=0)
+    make_run(tmp_path / "N-20261126-183100", [*(BASE[:2] - 0.0005), np.nan, *(BASE[3:] - 0.001)], minutes=1, epochs=3)
+    text = overview_of_all(tmp_path).text
+    assert np.mean(np.delete(BASE, 2)) - 0.0008 > BASE.mean()  # the mean over its own folds is the highest
+    rows = text[text.index("\n\n") :].splitlines()[3:7]
+    assert rows[0].startswith("* ") and "18:30 baseline" in rows[1]
+    assert rows[2].startswith("  26 Nov") and "−0.0007" in rows[2]
+    assert "(fold-3 diverged)" in rows[3]
+
+
+def test_better_run_with_diverged_folds_is_above_but_not_marked(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000")
+    make_run(tmp_path / "N-20261126-183100", [*BETTER[:4], np.nan], minutes=1, epochs=3)
+    assert [row[0] for row in rows_of(overview_of_all(tmp_path).text)] == [" ", "*"]
+
+
+def make_many(runs_dir: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        accuracies = BASE + rng.normal(0, 0.001, 5)
+        make_run(runs_dir / f"N-20261126-19{number:02}00", accuracies, minutes=30 + number, epochs=1 + number)
+
+
+def test_newest_twenty_runs_are_shown_against_the_oldest_of_them(tmp_path: Path) -> None:
+    make_many(tmp_path, 25)
+    overview = overview_of_all(tmp_path)
+    assert len(overview.rows) == 20 and overview.baseline.path.name == "N-20261126-190500"
+    text = " ".join(overview.text.split())
+    assert "the oldest of the 20 newest comparable runs" in text
+    assert "Not shown: 5 runs before these (--last 25 shows all)." in text
+    assert "corrected for 38 comparisons" in text and "Noise estimated on 25 runs" in text
+    assert len(overview_of_all(tmp_path, last=25).rows) == 25 and "before" not in overview_of_all(tmp_path, 25).text
+
+
+@pytest.mark.parametrize(("baseline", "rows"), [("19:00", 4), ("19:24", 3)])
+def test_baseline_can_be_named(baseline: str, rows: int, tmp_path: Path) -> None:
+    make_many(tmp_path, 25)
+    overview = overview_of_all(tmp_path, last=3, baseline_name=baseline)
+    assert f"{overview.baseline.created:%H:%M}" == baseline and len(overview.rows) == rows
+    shown = {row.run.path.name for row in overview.rows}
+    assert shown >= {"N-20261126-192400", "N-20261126-192300", "N-20261126-192200"}
+    assert "Noise estimated on 25 runs" in overview.text.replace("\n", " ")
+
+
+def test_every_name_of_the_table_is_found(tmp_path: Path) -> None:
+    names = ["N-20261126-183000", "N-20261126-183059", "N-20261127-200000", "M-20261128-200000", "renamed"]
+    names += ["N-20261126-210000", "N-20261126-210000-2"]
+    for number, name in enumerate(names):
+        make_run(tmp_path / name, NOISE, minutes=number, resumed=True, epochs=1 + number)
+    overview = overview_of_all(tmp_path)
+    text = " ".join(overview.text.split())
+    for row in overview.rows:
+        assert find_run(row.name, tmp_path) == row.run and f" {row.name}" in text
+    assert {"18:30:00", "18:30:59"} <= {row.name for row in overview.rows}
+
+
+def test_resumed_run_has_the_time_in_its_folders_name(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000")
+    make_run(tmp_path / "N-20261125-120000", NOISE, minutes=600, resumed=True, epochs=3)
+    lines = overview_of_all(tmp_path).text.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("  12:00 EPOCHS")]
+    assert lines[place - 1][2:8] == "25 Nov"
+    assert find_run("12:00", tmp_path).path.name == "N-20261125-120000"
 
 
 def test_what_few_rows_share_comes_first(tmp_path: Path) -> None:
@@ -115,36 +201,37 @@ def test_what_few_rows_share_comes_first(tmp_path: Path) -> None:
         make_run(tmp_path / "third", BETTER, **shared, learning_rate=0.01),
     ]
     first, *others = [read_run(path) for path in paths]
-    text = " ".join(overview_of(first, others).text.split())
+    text = " ".join(overview_of(first, others, tmp_path).text.split())
     assert "second: EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
     assert "third: LEARNING_RATE 0.001 → 0.01, EPOCHS 10 → 3, BATCH_SIZE 64 → 32" in text
 
 
-def test_changes_that_do_not_fit_are_counted(before: Path, tmp_path: Path) -> None:
+def test_changes_that_do_not_fit_are_counted(before: Path) -> None:
     layers = PRINTED.replace("ReLU()", "Tanh()").replace("Linear", "LazyLinear")
-    after = make_run(tmp_path / "N-20261126-183100", NOISE, **CHANGES[6], mirror=True, network={"printed": layers})
-    lines = overview_of(read_run(before), [read_run(after)]).text.splitlines()
+    after = make_run(before.parent / "N-20261126-183100", NOISE, **CHANGES[6], mirror=True, network={"printed": layers})
+    lines = overview_of(read_run(before), [read_run(after)], before.parent).text.splitlines()
     assert lines[5:7] == [
-        "  18:30 BATCH_SIZE 64 → 16, LEARNING_RATE 0.001 → 0.003, LR_SCHEDULE constant →",
+        "  18:31 BATCH_SIZE 64 → 16, LEARNING_RATE 0.001 → 0.003, LR_SCHEDULE constant →",
         "        one_cycle, MIRROR False → True and 5 more",
     ]
 
 
 def test_lines_have_at_most_80_columns(ten_runs: list[FinishedRun], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ten_runs[0].path.parents[1])
-    text = overview_of(ten_runs[0], ten_runs[1:], "the oldest of 10 runs in runs", ["a note " * 20]).text
+    choice, notes = "the oldest of 10 runs in runs", ["a note " * 20]
+    text = overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent, choice=choice, notes=notes).text
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_very_large_loss_leaves_the_columns_apart(before: Path, tmp_path: Path) -> None:
     diverged = read_run(make_run(tmp_path / "after", NOISE - 0.8, losses=[0, 1000, 2000, 3000, 4000]))
-    assert " 2000.0 +1999.9 ± 1060.7   0.13    42 s\n" in overview_of(read_run(before), [diverged]).text
+    assert " 2000.0 +1999.9 ± 2944.9   0.13    42 s\n" in overview_of(read_run(before), [diverged], before.parent).text
 
 
 def test_runs_that_are_not_comparable_are_refused_one_line_each(before: Path, tmp_path: Path) -> None:
     others = [read_run(make_run(tmp_path / name, images=name)) for name in ("one", "two")]
     with pytest.raises(ConfigurationError, match="^[^\n]*one cannot be compared[^\n]*\n[^\n]*two cannot be [^\n]*$"):
-        overview_of(read_run(before), others)
+        overview_of(read_run(before), others, before.parent)
 
 
 def test_two_folds_are_enough(tmp_path: Path) -> None:
@@ -183,7 +270,7 @@ def test_folder_without_comparable_runs_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_figure_has_one_row_per_run_the_best_at_the_top(ten_runs: list[FinishedRun]) -> None:
-    panels: list[Any] = overview_of(ten_runs[0], ten_runs[1:]).figure().axes
+    panels: list[Any] = overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent).figure().axes
     accuracy, loss = panels
     labels = [label.get_text() for label in accuracy.get_yticklabels()]
     assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3" and "26 Nov 18:37 repetition" in labels
@@ -198,6 +285,7 @@ def test_figure_has_one_row_per_run_the_best_at_the_top(ten_runs: list[FinishedR
 )
 def test_title_of_the_figure_has_the_number_of_runs(count: int, runs: str, before: Path) -> None:
     other = read_run(make_run(before.parent / "other", NOISE))
-    figure = overview_of(read_run(before), [other] * count).figure()
+    others = [replace(other, path=other.path.with_name(f"other-{number}")) for number in range(count)]
+    figure = overview_of(read_run(before), others, before.parent).figure()
     assert figure.get_suptitle().startswith(f"{runs} compared with ")
     assert len(figure.axes[0].get_yticklabels()) == min(count, 40)

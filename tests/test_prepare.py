@@ -24,7 +24,7 @@ from experiment.prepare import make_fits, make_identity, prepare
 from experiment.resources import Resources, resolve_resources
 from experiment.settings import TrainingConfig
 from models import NeuralNetwork
-from train_utils import CloudpickledFactory, Fit
+from train_utils import CloudpickledFactory, Fit, code_digest, code_digests
 
 Part = tuple[Tensor, Tensor]
 SETTINGS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_every_fit_has_the_settings_of_the_run() -> None:
     assert [(fit.name, fit.number) for fit in fits] == [("final", 0), ("fold-1", 1), ("fold-2", 2), ("fold-3", 3)]
     expected = {name: value for name, value in SETTINGS.items() if name != "folds"}
     expected |= {"model_class": NeuralNetwork, "data_dir": "/data", "data_digest": dataset.digest()}
-    expected |= {"device": "cuda", "precision": "bfloat16", "threads": 5}
+    expected |= {"device": "cuda", "precision": "bfloat16", "threads": 5, "code_digest": code_digest()}
     for fit in fits:
         own = {"name": fit.name, "number": fit.number, "held_out_mask": fit.held_out_mask}
         assert asdict(fit) == expected | own
@@ -148,7 +148,7 @@ def test_one_cycle_with_two_steps_is_accepted(epochs: int, batch_size: int) -> N
     assert len(fits_on(make_dataset([0, 1, 2] * 10), **constants)) == 4
 
 
-MODEL = ModelSummary("Network", "Network()", 12, [0.5])
+MODEL = ModelSummary("Network", "Network()", 12, {"logits": [0.5], "gradients": [1.0]})
 
 
 def identity_on(dataset: Dataset, **constants: Any) -> dict[str, Any]:
@@ -160,8 +160,16 @@ def identity_on(dataset: Dataset, **constants: Any) -> dict[str, Any]:
 def test_the_identity_is_everything_that_the_results_depend_on() -> None:
     identity = identity_on(make_dataset([0, 1, 2] * 4), WORKERS=1, RUNS_DIR="elsewhere")
     assert len(identity.pop("images")) == 64
-    network = {"name": "Network", "printed": "Network()", "parameters": 12, "fingerprint": [0.5]}
-    expected = {"device": "cuda", "precision": "bfloat16", "threads": 5, "torch": torch.__version__, "network": network}
+    network: dict[str, Any] = {"name": "Network", "printed": "Network()", "parameters": 12}
+    network |= {"fingerprint": {"logits": [0.5], "gradients": [1.0]}}
+    expected: dict[str, Any] = {
+        "device": "cuda",
+        "precision": "bfloat16",
+        "threads": 5,
+        "torch": torch.__version__,
+        "network": network,
+    }
+    expected["code"] = code_digests()
     assert identity == SETTINGS | expected
 
 

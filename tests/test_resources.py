@@ -7,7 +7,8 @@ import torch
 
 import main_tutorial
 from experiment import resources
-from experiment.resources import Resources, resolve_resources
+from experiment.errors import ConfigurationError
+from experiment.resources import Resources, device_available, resolve_resources
 from experiment.settings import TrainingConfig
 
 
@@ -96,3 +97,19 @@ def test_auto_device_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 def test_auto_device_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve(DEVICE="auto", PRECISION="float32").device == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1", "cuda:2", "mps"])
+def test_a_device_is_available_if_the_machine_has_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_available(device) == (device != "cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert not device_available(device)
+
+
+def test_an_unavailable_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigurationError, match="DEVICE must be a device of the machine that trains, got 'cuda'"):
+        resolve(DEVICE="cuda")

@@ -15,9 +15,15 @@ from filelock import FileLock
 
 from experiment import run_directory
 from experiment.errors import RunError
+from experiment.files import relative_to_cwd
 from experiment.run_directory import RunDirectory
 
-NETWORK = {"name": "Dyn[3]", "printed": "Dyn()", "parameters": 3, "fingerprint": [1.0, -2.0]}
+NETWORK = {
+    "name": "Dyn[3]",
+    "printed": "Dyn()",
+    "parameters": 3,
+    "fingerprint": {"logits": [1.0, -2.0], "gradients": [3.0]},
+}
 
 
 def directory(runs_dir: Path, name: str = "Dyn[3]", resume: bool = True, **changes: Any) -> RunDirectory:
@@ -176,8 +182,8 @@ def test_characters_that_folder_names_cannot_have_are_replaced(name: str, tmp_pa
 @pytest.mark.parametrize(
     ("change", "resumed"),
     [
-        ({"fingerprint": [1.0001, -2.0]}, True),
-        ({"fingerprint": [1.01, -2.0]}, False),
+        ({"fingerprint": {"logits": [1.0001, -2.0], "gradients": [3.0]}}, True),
+        ({"fingerprint": {"logits": [1.01, -2.0], "gradients": [3.0]}}, False),
         ({"printed": "Dyn(more)"}, False),
         ({"parameters": 4}, False),
     ],
@@ -236,5 +242,5 @@ def test_a_run_that_fails_while_its_config_is_written_leaves_no_folder(
 def test_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     message = "cannot be written (File exists). Fix the permissions or change RUNS_DIR."
-    with pytest.raises(RunError, match=f"^{re.escape(str(tmp_path / 'file'))} {re.escape(message)}$"):
+    with pytest.raises(RunError, match=re.escape(f"{relative_to_cwd(tmp_path / 'file')} {message}")):
         directory(tmp_path / "file")

@@ -1,6 +1,7 @@
 """Finished runs are read, listed and found by name; whatever is damaged is one line."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,41 @@ def test_unknown_name_is_refused_with_the_folder_that_was_searched(name: str, be
     with pytest.raises(ConfigurationError) as error:
         find_run(name, before.parent)
     assert str(error.value) == f"No run in {display_path(before.parent)} has {name} in its name."
+
+
+@pytest.mark.parametrize("name", ["runs/before", "runs/before/", "./runs//before", "../here/runs/before", "before/"])
+def test_run_is_found_under_the_path_that_the_list_has(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for runs_dir in (Path("runs"), tmp_path / "here" / "runs"):
+        make_run(Path("runs") / "before") if not Path("runs").exists() else None
+        (listed,) = read_runs(runs_dir)[0]
+        assert find_run(name, runs_dir).path == listed.path
+        assert find_run(os.path.abspath(listed.path), runs_dir).path == listed.path
+
+
+def test_run_in_another_folder_has_an_absolute_path(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(before.parent)
+    assert find_run("before", Path("nowhere")).path == before
+
+
+def test_run_is_created_when_its_folder_was(tmp_path: Path) -> None:
+    resumed = read_run(make_run(tmp_path / "N-20261125-120001-2", minutes=9, resumed=True))
+    assert f"{resumed.created:%d %H:%M:%S}" == "25 12:00:01" and f"{resumed.started:%d %H:%M}" == "26 18:39"
+    for name in ("renamed", "N-20269999-999999"):
+        run = read_run(make_run(tmp_path / name))
+        assert run.created == run.started
+
+
+def test_time_with_colons_matches_only_the_time(tmp_path: Path) -> None:
+    for name in ("N-20261830-121830", "N1830-20261126-120000", "N-20261126-183059", "N-20261126-183000"):
+        make_run(tmp_path / name)
+    with pytest.raises(ConfigurationError) as error:
+        find_run("18:30", tmp_path)
+    assert str(error.value).splitlines()[1:] == ["  N-20261126-183000", "  N-20261126-183059"]
+    assert find_run("18:30:59", tmp_path).path.name == "N-20261126-183059"
 
 
 def test_final_fit_is_never_read(before: Path) -> None:

@@ -36,6 +36,7 @@ from train_utils import (
     epoch_seed,
     isolated_rng,
     run_epoch,
+    seed_generators,
     test_loop,
     train_fit,
     train_loop,
@@ -114,6 +115,7 @@ def test_run_epoch_computes_what_its_steps_compute_one_by_one(change: dict[str, 
     with isolated_rng(fit.threads, epoch_seed(fit, 1), CPU):
         batches = Batches(images, labels, fit.batch_size, mean, std, CPU, training=True, mirror=fit.mirror)
         model = NeuralNetwork()
+        seed_generators(epoch_seed(fit, 1))
         optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
         for batch, targets in batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=fit.precision == "bfloat16"):

@@ -32,7 +32,7 @@ def test_run_cut_off_after_training_resumes_without_training(
     (run_dir,) = run_dirs(tmp_path)
     assert (run_dir / "model.pt").exists() and not (run_dir / "results.json").exists()
     assert "resumes the run" in capsys.readouterr().err
-    monkeypatch.setattr(training, "run_epoch", train_again)
+    monkeypatch.setattr(training, "_submit_epoch", train_again)
     assert script.main().run_dir == run_dir
 
 

@@ -27,7 +27,7 @@ LONG_KEY = "wandb_v1_" + "aB3" * 25 + "_9"  # 86 characters, the form of new key
 ADVICE = 'Put yours there (https://wandb.ai/authorize), or set WANDB_MODE = "offline".'
 
 
-def resolve(mode: str, key_path: Path = Path("/none")) -> WandbAccess:
+def resolve(mode: str, key_path: Path = Path("/proc/none")) -> WandbAccess:
     """Return the access for a mode and a key file, without the rest of a configuration."""
     config: Any = SimpleNamespace(wandb_mode=mode, wandb_api_key_path=key_path)
     return resolve_wandb_access(config)

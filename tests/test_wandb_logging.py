@@ -350,3 +350,46 @@ def test_key_is_stored_and_printed_nowhere_else(
     assert KEY not in printed
     assert ("No space left" in printed) == (ending == "disk full")
     assert files_in_home(tmp_path) == [path for path in before if path.name == ".netrc"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the working directory a git checkout whose tracked key file holds an uncommitted key; return that file."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    key_file = folder / "wandb_api_key.txt"
+    key_file.write_text("# your key\n")
+    identity = ["-c", "user.name=Nobody", "-c", "user.email=nobody@example.com"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "Begin"]):
+        subprocess.run(["git", *arguments], check=True)
+    key_file.write_text(f"# your key\n{KEY}\n")
+    return key_file
+
+
+def test_uncommitted_key_is_in_no_file_of_the_run_and_in_no_request(
+    checkout: Path, configure: Configure, server: WandbServer
+) -> None:
+    result = configure(main_tutorial, EPOCHS=1, WANDB_MODE="online", WANDB_API_KEY_PATH=checkout).main()
+    assert server.received and not any(KEY.encode() in body for body in server.received)
+    assert not files_with_key(result.run_dir)
+
+
+def test_key_that_git_would_commit_is_reported_in_one_line_with_the_command(
+    checkout: Path, configure: Configure, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = configure(main_tutorial, EPOCHS=1, WANDB_API_KEY_PATH=checkout)
+    script.main()
+    warning, command = capfd.readouterr().err.splitlines()
+    assert warning == "W&B: git would commit the API key in wandb_api_key.txt. Prevent that with"
+    subprocess.run(command.split(), check=True)
+    script.main()
+    assert capfd.readouterr().err == ""
+
+
+def test_without_git_nothing_is_reported_about_the_key(
+    checkout: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    configure(main_tutorial, EPOCHS=1, WANDB_API_KEY_PATH=checkout).main()
+    assert capfd.readouterr().err == ""

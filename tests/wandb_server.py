@@ -27,6 +27,8 @@ class WandbServer:
         Run id → what the run sent. As on the real server, a history line replaces the line at the same offset.
     artifacts, artifact_files : list
         The description of each artifact; the content of their files.
+    received : list of bytes
+        The bodies of all requests.
     sweeps : dict
         Sweep id → {"config", "project", "trials", "warnings"}; W&B's own search engine suggests the trials.
     failure, fails_after : callable, float
@@ -43,6 +45,7 @@ class WandbServer:
         self.posts = 0
         self.fails_after = math.inf
         self.failure: Callable[[WandbServer], None] = WandbServer.fail
+        self.received: list[bytes] = []
         self.artifacts: list[dict[str, Any]] = []
         self.artifact_files: list[bytes] = []
         self.runs: dict[str, dict[str, Any]] = {}
@@ -105,6 +108,7 @@ class WandbServer:
 
     def _post(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.received.append(body)
         self.posts += 1
         if self.posts > self.fails_after:
             self.failure(self)
@@ -126,6 +130,7 @@ class WandbServer:
 
     def _put(self, request: BaseHTTPRequestHandler) -> None:
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.received.append(content)
         _, _, run_id, path = request.path.split("/", 3)
         if run_id == "artifacts":
             self.artifact_files.append(content)

