@@ -98,7 +98,10 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
     if executor_name is None:
         resources, model = _resolve_and_check(model_class, config)
     else:
-        resources, model = _result_of(submit(pool, call_safely, _resolve_and_check, factory, config))
+        try:
+            resources, model = _result_of(submit(pool, call_safely, _resolve_and_check, factory, config))
+        except RunError:  # the workers have only the files that training needs
+            resources, model = _resolve_and_check(model_class, config)
     print_line(wrap(_describe_plan(config, resources, executor_name, model)))
     dataset = load_dataset(config.dataset, resolve_path(config.data_dir))
     fits = make_fits(config, resources, factory, dataset)

@@ -9,7 +9,8 @@ of (c) are not, so (a) and (b) lose nothing by training on fewer images. (a) run
 the others, and is averaged, since it is short and machines drift.
 
 With ``--against FOLDER`` (another checkout of this repository), only the training loops of both are compared: one
-epoch of fold 1 on 12,000 images on one thread, in fresh processes in turn.
+epoch of fold 1 on 12,000 images on one thread, in fresh processes in turn. The ratio of CPU times depends less on what
+else the machine does than that of wall times; on an idle machine both are the same.
 """
 
 import argparse
@@ -115,27 +116,30 @@ fit = replace(make(fewer)[1], threads=1)
 if hasattr(fit, "code_digest"):
     fit = replace(fit, code_digest=train_utils.code_digest())
 train_utils.run_epoch(fit, 1, None)
-start = time.perf_counter()
+wall, cpu = time.perf_counter(), time.process_time()
 train_utils.run_epoch(fit, 1, None)
-print(time.perf_counter() - start)
+print(time.perf_counter() - wall, time.process_time() - cpu)
 """
 
 
 def compare_checkouts(other: Path, precision: str, repeats: int) -> None:
-    """Print the training speed of this checkout divided by that of another one."""
+    """Print the training speed of this checkout divided by that of another one, by CPU time and by wall time."""
     data_dir = str(resolve_path(main_cnn.DATA_DIR))
     load_dataset("FashionMNIST", data_dir)  # unpacks it if necessary
     this = Path(__file__).resolve().parents[2]
-    ratios = []
+    ratios: dict[str, list[float]] = {"CPU time": [], "wall time": []}
     for repeat in range(repeats):
         seconds = {}
         for folder in (this, other) if repeat % 2 else (other, this):
             command = [sys.executable, "-c", EPOCH_IN_CHECKOUT, str(folder), data_dir, precision]
-            seconds[folder] = float(subprocess.check_output(command, cwd=folder))
-        ratios.append(seconds[other] / seconds[this])
-        print(f"  {ratios[-1]:.3f}", file=sys.stderr, flush=True)
-    median = statistics.median(ratios)
-    print(f"speed here / there, {precision}: {median:.3f} ({min(ratios):.3f}, {max(ratios):.3f})")
+            wall, cpu = subprocess.check_output(command, cwd=folder, text=True).split()
+            seconds[folder] = {"CPU time": float(cpu), "wall time": float(wall)}
+        for name, values in ratios.items():
+            values.append(seconds[other][name] / seconds[this][name])
+        print(f"  {ratios['CPU time'][-1]:.3f} {ratios['wall time'][-1]:.3f}", file=sys.stderr, flush=True)
+    for name, values in ratios.items():
+        median = statistics.median(values)
+        print(f"speed here / there, {precision}, {name}: {median:.3f} ({min(values):.3f}, {max(values):.3f})")
 
 
 def main() -> None:
