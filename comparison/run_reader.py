@@ -17,7 +17,9 @@ from experiment.errors import ConfigurationError
 from experiment.files import relative_to_cwd
 
 MAX_NAMES = 10  # runs that the message on an ambiguous name lists
-TIME_IN_NAME = re.compile(r"-(\d{8}-\d{6})(-\d+)?$")  # of a run directory; the number if there are two in a second
+TIME_IN_NAME = re.compile(
+    r"-(?P<date>\d{8})-(?P<time>\d{6})(-\d+)?$"
+)  # of a run directory; the number if there are two in a second
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -184,7 +186,12 @@ def _matches(name: str, paths: list[Path]) -> list[Path]:
     """Return the paths whose folder's name contains a name; a time with colons matches only the time of the run."""
     if re.fullmatch(r"\d\d:\d\d(:\d\d)?", name):
         digits = name.replace(":", "")
-        return [path for path in paths if (match := TIME_IN_NAME.search(path.name)) and match[1][9:].startswith(digits)]
+        matches = []
+        for path in paths:
+            created = TIME_IN_NAME.search(path.name)
+            if created is not None and created["time"].startswith(digits):
+                matches.append(path)
+        return matches
     return [path for path in paths if name.replace(":", "") in path.name]
 
 
@@ -202,7 +209,7 @@ def shortest_names(runs: Iterable[FinishedRun], runs_dir: Path) -> dict[Path, st
 def _time_in_name(name: str) -> datetime | None:
     match = TIME_IN_NAME.search(name)
     try:
-        return datetime.strptime(match[1], "%Y%m%d-%H%M%S").astimezone() if match else None
+        return datetime.strptime(match["date"] + match["time"], "%Y%m%d%H%M%S").astimezone() if match else None
     except ValueError:  # digits that are no time
         return None
 

@@ -262,13 +262,13 @@ def correct_together(differences: Sequence[MetricDifference]) -> list[MetricDiff
     The level of a significant one is that of its step in Holm's procedure. All others have the level of the first step
     that fails.
     """
-    corrected = holm([difference.p if difference.has_interval else math.nan for difference in differences])
+    p_values = [difference.p if difference.has_interval else math.nan for difference in differences]
+    corrected = holm(p_values)
     significant = sum(p < SIGNIFICANCE_LEVEL for p in corrected)
-    tests = sum(not math.isnan(p) for p in corrected)
-    by_p = sorted((index for index, p in enumerate(corrected) if not math.isnan(p)), key=lambda i: differences[i].p)
+    smallest_first = _smallest_first(p_values)
     result = [replace(difference, corrected_p=math.nan) for difference in differences]
-    for rank, index in enumerate(by_p):
-        level = SIGNIFICANCE_LEVEL / (tests - min(rank, significant))
+    for rank, index in enumerate(smallest_first):
+        level = SIGNIFICANCE_LEVEL / (len(smallest_first) - min(rank, significant))
         result[index] = replace(differences[index], corrected_p=corrected[index], level=level)
     return result
 
@@ -279,11 +279,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     If no change has an effect, the probability that any corrected value is below 0.05 is at most 5 %. NaN stays NaN and
     is not counted.
     """
-    valid = [index for index, p in enumerate(p_values) if not math.isnan(p)]
-    valid.sort(key=lambda index: p_values[index])
+    smallest_first = _smallest_first(p_values)
     corrected = [math.nan] * len(p_values)
     largest = 0.0
-    for rank, index in enumerate(valid):
-        largest = max(largest, min(1.0, p_values[index] * (len(valid) - rank)))
+    for rank, index in enumerate(smallest_first):
+        largest = max(largest, min(1.0, p_values[index] * (len(smallest_first) - rank)))
         corrected[index] = largest
     return corrected
+
+
+def _smallest_first(p_values: Sequence[float]) -> list[int]:
+    """Return the indices of the p values that are not NaN, the smallest p value first."""
+    valid = [index for index, p in enumerate(p_values) if not math.isnan(p)]
+    return sorted(valid, key=lambda index: p_values[index])

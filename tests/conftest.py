@@ -41,6 +41,24 @@ FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mist
 SMALL: dict[str, Any] = {"DATASET": "Digits", "FOLDS": 2, "EPOCHS": 2, "WANDB_MODE": "disabled"}
 KEY = "5ecre7" * 6 + "0123"
 SETTINGS: dict[str, Any] = {"FOLDS": 3, "EPOCHS": 6}
+# A user's module with a network, for tests that edit it or load it in several ways.
+NETWORK_SOURCE = """
+import torch
+from torch import nn
+
+SCALE = 1.0
+
+def helper(images):
+    return SCALE * images.flatten(1)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
+
+    def forward(self, images):
+        return self.layers(helper(images))
+"""
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under `make test &` it would be ignored, also in the scripts
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # the name is PyTorch's; it is not a test
 

@@ -131,3 +131,13 @@ def make_hand_made_result(
     result = make_result(make_experiment(test_predictions=test_predictions), checkpoints, folder)
     result.environment["wandb_run_ids"] = {}  # added by `publish`
     return result
+
+
+class Clock:
+    """Replaces the `time` module; a test sets the time."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        """Return the time that the test has set."""
+        return self.now

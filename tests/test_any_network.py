@@ -24,7 +24,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import DATA_DIR, REPOSITORY, Configure, checkpoints, finish, run_dirs, slow, start_python, wait_for
+from conftest import (
+    DATA_DIR,
+    NETWORK_SOURCE,
+    REPOSITORY,
+    Configure,
+    checkpoints,
+    finish,
+    run_dirs,
+    slow,
+    start_python,
+    wait_for,
+)
 from nbclient import NotebookClient
 from torch import Tensor, nn
 
@@ -36,23 +47,6 @@ from models import NeuralNetwork
 
 # --- A network is sent to workers by value, as it is in memory ---
 
-MODULE = """
-from torch import nn
-
-SCALE = 1.0
-
-def helper(images):
-    return SCALE * images.flatten(1)
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
-
-    def forward(self, images):
-        return self.layers(helper(images))
-"""
-
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerProcesses]:
@@ -63,7 +57,7 @@ def pool() -> Iterator[WorkerProcesses]:
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Return a module of the user's own, imported from its file."""
-    (tmp_path / "users_own.py").write_text(MODULE)
+    (tmp_path / "users_own.py").write_text(NETWORK_SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module("users_own")
     del sys.modules["users_own"]
@@ -79,7 +73,7 @@ def fingerprint_in_worker(model_class: Callable[[], nn.Module], pool: Executor) 
 
 def test_constant_changed_in_memory_reaches_the_workers(module: ModuleType, pool: Executor) -> None:
     before = fingerprint(module.Net)
-    module.SCALE = 0.01  # type: ignore[attr-defined]  # defined in MODULE
+    module.SCALE = 0.01  # type: ignore[attr-defined]  # defined in NETWORK_SOURCE
     assert not same_fingerprint(before, fingerprint(module.Net))
     assert same_fingerprint(fingerprint_in_worker(module.Net, pool), fingerprint(module.Net))
 
@@ -90,12 +84,12 @@ def test_method_replaced_in_memory_reaches_the_workers(module: ModuleType, pool:
 
 
 def test_module_edited_after_its_import_is_sent_as_it_is_in_memory(module: ModuleType, pool: Executor) -> None:
-    Path(str(module.__file__)).write_text(MODULE.replace("SCALE = 1.0", "SCALE = 2.0"))
+    Path(str(module.__file__)).write_text(NETWORK_SOURCE.replace("SCALE = 1.0", "SCALE = 2.0"))
     assert same_fingerprint(fingerprint_in_worker(module.Net, pool), fingerprint(module.Net))
 
 
 def test_class_of_a_module_that_cannot_be_imported_reaches_the_workers(tmp_path: Path, pool: Executor) -> None:
-    (tmp_path / "cannot_be_imported.py").write_text(MODULE)
+    (tmp_path / "cannot_be_imported.py").write_text(NETWORK_SOURCE)
     model_class = runpy.run_path(str(tmp_path / "cannot_be_imported.py"))["Net"]
     assert same_fingerprint(fingerprint_in_worker(model_class, pool), fingerprint(model_class))
 

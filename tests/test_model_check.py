@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import NETWORK_SOURCE, REPOSITORY
 from torch import Tensor, nn
 
 from experiment.errors import ConfigurationError
@@ -203,23 +203,6 @@ def test_network_that_returns_logits_gets_no_warning(
 
 # --- The fingerprint ---
 
-SOURCE = """
-import torch
-from torch import nn
-
-SCALE = 1.0
-
-def helper(images):
-    return SCALE * images.flatten(1)
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10))
-
-    def forward(self, images):
-        return self.layers(helper(images))
-"""
 EDITS = {
     "a helper function": ("return SCALE * images", "return -SCALE * images"),
     "a constant": ("SCALE = 1.0", "SCALE = 1.1"),
@@ -237,13 +220,13 @@ def summary_of(source: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_that_the_printed_structure_does_not_show_changes_the_fingerprint(edit: str) -> None:
-    before, after = summary_of(SOURCE), summary_of(SOURCE.replace(*EDITS[edit]))
+    before, after = summary_of(NETWORK_SOURCE), summary_of(NETWORK_SOURCE.replace(*EDITS[edit]))
     assert before["printed"] == after["printed"] and not same_network(before, after)
 
 
 def test_comment_and_docstring_do_not_change_the_summary() -> None:
-    commented = SOURCE.replace("def forward", '"""A docstring."""\n    # a comment\n    def forward')
-    assert summary_of(SOURCE) == summary_of(commented)
+    commented = NETWORK_SOURCE.replace("def forward", '"""A docstring."""\n    # a comment\n    def forward')
+    assert summary_of(NETWORK_SOURCE) == summary_of(commented)
 
 
 def test_summary_does_not_depend_on_random_numbers_drawn_before() -> None:

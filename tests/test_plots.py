@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hand_made import BAG, FIGURES, HISTORIES, SHIRT, make_hand_made_result
+from hand_made import BAG, FIGURES, HISTORIES, SHIRT, Clock, make_hand_made_result
 from PIL import Image
 
 from experiment import plots
@@ -235,15 +235,6 @@ def test_network_without_mistakes_has_a_figure_without_images(result: Experiment
 
 
 # The curves during training
-
-
-class Clock:
-    """Replaces the `time` module; a test sets the time."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

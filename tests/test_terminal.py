@@ -14,7 +14,7 @@ import IPython
 import IPython.display
 import pytest
 from conftest import Start, all_fits
-from hand_made import HISTORIES, make_hand_made_result
+from hand_made import HISTORIES, Clock, make_hand_made_result
 
 from experiment import terminal
 from experiment.results import ExperimentResult, History
@@ -26,15 +26,6 @@ NOTHING_DONE: dict[str, History] = {"final": [], "fold-1": [], "fold-2": []}
 @pytest.fixture
 def result() -> ExperimentResult:
     return make_hand_made_result()
-
-
-class Clock:
-    """Replaces the `time` module; a test sets the time."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
