@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from types import CodeType, ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # The parent's sys.path comes first: a folder named "experiment" in the working directory must not be imported.
 BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; import experiment.executors; experiment.executors.serve()"
 MESSAGE_MAGIC = b"\0experiment.executors\0"  # starts each message: a debugger may print before a worker reads its pipe
+SHUTDOWN_SECONDS = 2  # that `shutdown` waits for each thread
 PROJECT_MODULES = ("experiment", "comparison", "train_utils", "data_utils", "data_files")  # workers can import them
 
 
@@ -100,16 +101,20 @@ class SerialExecutor(Executor):
 
 
 class WorkerProcesses(Executor):
-    """A number of worker processes; for each, a thread of this process sends calls and waits for the results."""
+    """A number of worker processes; for each, a thread of this process sends calls and waits for the results.
+
+    The threads are daemons, and `shutdown` waits for them only for a while: if Ctrl-C interrupts the main thread while
+    it has locked a future, the thread that sets its result waits forever.
+    """
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
         self._closed = False
+        self._calls: queue.SimpleQueue[tuple[Future[Any], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._processes = [_start_worker() for _ in range(count)]
-        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in range(count):
-            self._idle.put(number)
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = [threading.Thread(target=self._handle_calls, args=(n,), daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         """Let the next idle worker call the function.
@@ -117,21 +122,51 @@ class WorkerProcesses(Executor):
         The future raises WorkerDiedError if the worker dies, and whatever the function raises, with the worker's
         traceback as a note.
         """
-        return self._threads.submit(self._call_in_worker, (function, arguments, keywords))
+        if self._closed:
+            raise RuntimeError("the workers have been shut down")
+        future: Future[Any] = Future()
+        self._calls.put((future, (function, arguments, keywords)))
+        return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Kill the workers, busy or not."""
+        """Kill the workers, busy or not, and cancel the calls that no worker has begun."""
         with self._lock:
             self._closed = True
             for process in self._processes:
                 process.kill()
-        self._threads.shutdown(wait, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._calls.get_nowait()
+                if item is not None:
+                    item[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join(SHUTDOWN_SECONDS)
         for process in self._processes:
             _terminate(process)
 
-    def _call_in_worker(self, call: tuple[Any, ...]) -> Any:
+    def _handle_calls(self, number: int) -> None:
+        """Handle calls with one of the workers until `shutdown`."""
+        while self._handle_next_call(number):
+            pass
+
+    def _handle_next_call(self, number: int) -> bool:
+        """Handle one call; return False at the end. (A function, so that no call is kept in memory after it.)"""
+        item = self._calls.get()
+        if item is None:
+            return False
+        future, call = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(self._call_in_worker(number, call))
+            except Exception as error:  # of any type: the future raises it
+                future.set_exception(error)
+        return True
+
+    def _call_in_worker(self, number: int, call: tuple[Any, ...]) -> Any:
         message = cloudpickle.dumps(call)
-        number = self._idle.get()
         process = self._processes[number]
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -143,8 +178,6 @@ class WorkerProcesses(Executor):
                 if not self._closed:
                     self._processes[number] = _start_worker()
             raise WorkerDiedError("a worker process ended before it returned a result") from None
-        finally:
-            self._idle.put(number)
         result, error = pickle.loads(reply)
         if error is not None:
             raise error

@@ -189,8 +189,11 @@ def shown(error: pytest.ExceptionInfo[Exception]) -> str:
     [
         (Raising, 'raise OSError("as planned")', 1),
         (Exiting, 'sys.exit("as planned")', 2),
-        *slow((Raising, 'raise OSError("as planned")', 2), (Exiting, 'sys.exit("as planned")', 1)),
-        (network_that_needs_process(os.getpid()), 'raise OSError("as planned")', 2),
+        *slow(
+            (Raising, 'raise OSError("as planned")', 2),
+            (Exiting, 'sys.exit("as planned")', 1),
+            (network_that_needs_process(os.getpid()), 'raise OSError("as planned")', 2),
+        ),
     ],
 )
 def test_error_in_the_first_epoch_shows_the_users_line_and_leaves_no_run(
@@ -258,6 +261,7 @@ def small_resnet() -> nn.Module:
     return network
 
 
+@pytest.mark.slow
 def test_torchvision_network_trains_in_workers(configure: Configure) -> None:
     result = configure(main_tutorial, NeuralNetwork=small_resnet, EPOCHS=1, WORKERS=2).main()
     assert result.final.accuracy > 0.5 and result.run_dir.name.startswith("ResNet-Digits-")

@@ -147,7 +147,7 @@ print(*(set({HEAVY!r}.split()) & set(sys.modules)))
 
 
 @pytest.mark.parametrize(
-    "home", ["", *slow("/proc/none", "/proc")], ids=["a home", "no home", "a home without write permission"]
+    "home", slow("", "/proc/none", "/proc"), ids=["a home", "no home", "a home without write permission"]
 )
 def test_a_run_prints_nothing_on_standard_error(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if home:  # not writable, not even for root

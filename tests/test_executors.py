@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import slow, start_python, wait_for, wait_until_idle
+from conftest import finish, slow, start_python, wait_for, wait_until_idle
 
 from experiment.executors import SerialExecutor, WorkerDiedError, WorkerProcesses
 
@@ -144,6 +144,7 @@ def test_killing_a_worker_that_sends_costs_only_its_call(tmp_path: Path) -> None
     assert (output, errors) == ("NoneType WorkerDiedError\n1 2 4 8\n", "")
 
 
+@pytest.mark.slow
 def test_killing_a_worker_that_receives_costs_only_that_call(mortal_pool: WorkerProcesses) -> None:
     killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGSTOP)
@@ -156,7 +157,7 @@ def test_killing_a_worker_that_receives_costs_only_that_call(mortal_pool: Worker
     assert_pool_works(mortal_pool, without=killed)
 
 
-@pytest.mark.parametrize("end", [lambda: os._exit(0), *slow(lambda: sys.exit(0), lambda: os.kill(os.getpid(), 9))])
+@pytest.mark.parametrize("end", slow(lambda: os._exit(0), lambda: sys.exit(0), lambda: os.kill(os.getpid(), 9)))
 def test_workers_that_end_again_and_again_are_replaced_and_leave_no_zombie(
     end: Callable[[], None], mortal_pool: WorkerProcesses
 ) -> None:
@@ -250,6 +251,19 @@ def test_shutdown_kills_workers_that_compute_or_are_stopped() -> None:
     assert all(future.cancelled() or isinstance(future.exception(), WorkerDiedError) for future in futures)
     with pytest.raises(RuntimeError):
         pool.submit(abs, 1)
+
+
+LOCKED = """
+import time
+from experiment.executors import WorkerProcesses
+with WorkerProcesses(1) as pool:
+    future = pool.submit(time.sleep, 100)
+    future._condition.acquire()  # as if Ctrl-C had come between the lock and its release
+"""
+
+
+def test_shutdown_and_exit_do_not_wait_for_a_future_that_stays_locked(tmp_path: Path) -> None:
+    finish(start_python(tmp_path, "-c", LOCKED))
 
 
 PARENT = """

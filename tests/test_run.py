@@ -109,7 +109,7 @@ def test_fits_that_diverge_are_named_and_the_others_finish(tmp_path: Path, confi
         assert not (run_dirs(tmp_path)[-1] / "model.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["threads", *slow("processes")])
+@pytest.mark.parametrize("kind", slow("threads", "processes"))
 def test_any_executor_gives_the_bits_of_the_default(
     kind: str, cnn_result: ExperimentResult, configure: Configure
 ) -> None:
@@ -153,6 +153,7 @@ class Lazy(nn.Module):
         return self.last(self.conv(images).relu().flatten(1))
 
 
+@pytest.mark.slow
 def test_a_network_with_lazy_layers_trains_with_the_same_bits_for_any_number_of_workers(
     configure: Configure, tmp_path: Path
 ) -> None:

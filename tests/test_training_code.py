@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, REPOSITORY, SMALL, Configure, make_fit, run_dirs, wait_for, workers_of
+from conftest import DATA_DIR, REPOSITORY, SMALL, Configure, make_fit, run_dirs, slow, wait_for, workers_of
 from torch import Tensor, nn
 
 import main_tutorial
@@ -89,10 +89,12 @@ def replace_in(file: str, old: str, new: str) -> Callable[[Path], None]:
             replace_in("train_utils.py", "lr=learning_rate,", "lr=learning_rate, weight_decay=0.01,"),
             "make_optimizer",
         ),
-        (replace_in("data_utils.py", "< 0.5", "< 0.4"), "Batches"),
-        (
-            replace_in("train_utils.py", "EVALUATION_BATCH_SIZE = 256", "EVALUATION_BATCH_SIZE = 128"),
-            "EVALUATION_BATCH_SIZE",
+        *slow(
+            (replace_in("data_utils.py", "< 0.5", "< 0.4"), "Batches"),
+            (
+                replace_in("train_utils.py", "EVALUATION_BATCH_SIZE = 256", "EVALUATION_BATCH_SIZE = 128"),
+                "EVALUATION_BATCH_SIZE",
+            ),
         ),
     ],
 )
@@ -285,7 +287,7 @@ def test_a_device_that_the_training_process_lacks_is_one_line() -> None:
             prepare(NeuralNetwork, small_config(DEVICE="cuda"), pool)
 
 
-@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0"])
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", *slow("OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0")])
 def test_a_pinned_process_still_trains_two_fits_at_a_time(variable: str, tmp_path: Path) -> None:
     options = ["--dataset=Digits", "--folds=2", "--epochs=1", "--wandb-mode=disabled", f"--runs-dir={tmp_path}"]
     command = ["env", variable, sys.executable, str(REPOSITORY / "main_tutorial.py"), *options]

@@ -56,8 +56,13 @@ def fill_disk(path: Path) -> None:
     ("call", "error"),
     [
         ("open", "bare OSError"),
-        ("close", "disk full"),
-        *slow(("open", "anything"), ("log", "W&B's own"), ("log the model", "bare OSError"), ("close", "anything")),
+        *slow(
+            ("close", "disk full"),
+            ("open", "anything"),
+            ("log", "W&B's own"),
+            ("log the model", "bare OSError"),
+            ("close", "anything"),
+        ),
     ],
 )
 def test_exception_of_wandb_offline_costs_one_line(

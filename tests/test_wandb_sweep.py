@@ -242,6 +242,7 @@ def network_with_fault(fault: Callable[[Tensor], Tensor], seed: int) -> type[nn.
     return NeuralNetworkWithFault
 
 
+@pytest.mark.slow
 def test_final_run_ends_as_failed_if_a_fold_diverged(
     make_trial: MakeTrial, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
