@@ -15,7 +15,9 @@ from experiment.formatting import display_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+    from experiment.predictions import DoubtfulLabel
     from experiment.results import ExperimentResult, FitResult, History, Mistake
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
@@ -43,6 +45,8 @@ def make_figures(result: ExperimentResult) -> dict[str, Figure]:
         figures["per_class.png"] = _draw_f1_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
         figures["mistakes.png"] = _draw_mistakes(result.mistakes)
+    if result.folds:
+        figures["labels_to_check.png"] = _draw_doubtful_labels(result.doubtful_labels)
     return figures
 
 
@@ -184,15 +188,32 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
 
 
 def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
+    title = "Most confident mistakes on the test images" if mistakes else "No mistakes on the test images"
+    captions = []
+    for mistake in mistakes:
+        true, predicted = display_name(mistake.true), display_name(mistake.predicted)
+        captions.append(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)")
+    return _draw_gallery(title, [mistake.image for mistake in mistakes], captions)
+
+
+def _draw_doubtful_labels(doubtful_labels: list[DoubtfulLabel]) -> Figure:
+    title = "Training images whose label is least probable, out of fold" if doubtful_labels else "No label is in doubt"
+    captions = []
+    for doubtful in doubtful_labels:
+        label, predicted = display_name(doubtful.label), display_name(doubtful.predicted)
+        captions.append(f"{doubtful.name}\nlabel: {label} ({100 * doubtful.probability:.2g} %)\npredicted: {predicted}")
+    return _draw_gallery(title, [doubtful.image for doubtful in doubtful_labels], captions)
+
+
+def _draw_gallery(title: str, images: list[Tensor], captions: list[str]) -> Figure:
     columns = 6
-    rows = max(1, -(-len(mistakes) // columns))  # rounded up
+    rows = max(1, -(-len(images) // columns))  # rounded up
     figure = new_figure(11, 0.8 + 2.3 * rows)
-    figure.suptitle("Most confident mistakes on the test images" if mistakes else "No mistakes on the test images")
+    figure.suptitle(title)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel in panels:
         panel.set_axis_off()
-    for panel, mistake in zip(figure.axes, mistakes, strict=False):
-        panel.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
-        true, predicted = display_name(mistake.true), display_name(mistake.predicted)
-        panel.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)", fontsize=8)
+    for panel, image, caption in zip(figure.axes, images, captions, strict=False):
+        panel.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        panel.set_title(caption, fontsize=8)
     return figure

@@ -23,6 +23,8 @@ CAPTIONS = {
     "per_class.png": "F1 score of each class, the worst at the bottom: in each fold and on the test images.",
     "confusion_matrix.png": "Rows are the true classes, columns the predicted classes.",
     "mistakes.png": "The wrong predictions on the test images in which the network was most confident.",
+    "labels_to_check.png": "The training images whose label is least probable for the fold that holds them out. Look "
+    "whether the label is wrong. predictions.csv has all images: sort by label_doubt.",
     "compare.png": "Differences from the nearest earlier run: in each fold, their mean, and its 95 % confidence "
     "interval. The marker of the mean is filled if the difference is significant.",
 }
@@ -133,6 +135,11 @@ def _environment_table(environment: dict[str, Any]) -> str:
 
 def _list_of_files(result: ExperimentResult, network_name: str) -> str:
     lines = ["- `results.json`: every metric at full precision; `config.json`: the settings."]
+    lines.append(
+        "- `predictions.csv`: what is predicted for each training image, out of fold, and for each test image."
+    )
+    if result.failures:
+        lines[-1] += f" It has no rows of {' and '.join(result.failures)}."
     if result.final:
         lines.append("- `model.pt`: the parameters of the final network, for `load_state_dict`.")
         command = _classify_command(result.run_dir, network_name)

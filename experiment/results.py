@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from experiment.predictions import DoubtfulLabel, Predictions, collect_predictions, find_doubtful_labels
 from train_utils import compute_accuracy
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class ExperimentResult:
         For each fit that diverged, by name, a sentence that says how.
     mistakes : list of Mistake
         On the test images, the most confident first.
+    predictions : list of Predictions
+        Of each fold, then for the test images; without the fits that diverged.
+    doubtful_labels : list of DoubtfulLabel
+        Of training images, the least probable label first.
     environment : dict
         Time, machine, versions and W&B's ids.
     run_dir : Path
@@ -90,6 +95,8 @@ class ExperimentResult:
     final: FitResult | None
     failures: dict[str, str]
     mistakes: list[Mistake]
+    predictions: list[Predictions]
+    doubtful_labels: list[DoubtfulLabel]
     environment: dict[str, Any]
     run_dir: Path
 
@@ -145,6 +152,7 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
     if final:
         _, labels, probabilities = checkpoints["final"]["evaluation"]
         mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+    predictions = collect_predictions(experiment.fits, checkpoints)
     seconds = time.monotonic() - experiment.started
     return ExperimentResult(
         config=experiment.config.to_dict(),
@@ -152,6 +160,8 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
         final=final,
         failures=failures,
         mistakes=mistakes,
+        predictions=predictions,
+        doubtful_labels=find_doubtful_labels(predictions, dataset),
         environment=experiment.environment | {"seconds": seconds, "resumed": folder.resumed},
         run_dir=folder.path,
     )

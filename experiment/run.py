@@ -10,6 +10,7 @@ from experiment.errors import RunError, nonfatal
 from experiment.executors import make_executor
 from experiment.files import relative_to_cwd
 from experiment.plots import draw_figures, png_bytes
+from experiment.predictions import predictions_csv
 from experiment.prepare import Experiment, prepare
 from experiment.report import report_markdown
 from experiment.results import ExperimentResult, make_result
@@ -76,6 +77,7 @@ def publish(result: ExperimentResult, experiment: Experiment, folder: RunDirecto
             figures["compare.png"] = png_bytes(nearest.figure())
     for name, content in figures.items():
         folder.save(name, content)
+    folder.save("predictions.csv", predictions_csv(result.predictions, experiment.dataset.class_names))
     with nonfatal("report.md"):
         report = report_markdown(result, experiment, comparison, list(figures))
         folder.save("report.md", report.encode(errors="replace"))

@@ -342,15 +342,19 @@ def _log_fit(run: wandb.Run, result: FitResult) -> None:
 
 
 def _log_images_and_model(run: wandb.Run, result: ExperimentResult, final: FitResult) -> None:
-    """Log the most confident mistakes, the figures and the model."""
+    """Log the most confident mistakes, the labels to check, the figures and the model."""
     import wandb
 
     mistakes = wandb.Table(columns=["image", "true class", "predicted class", "probability"])
     for mistake in result.mistakes:
         image = wandb.Image(255 - mistake.image.numpy())
         mistakes.add_data(image, mistake.true, mistake.predicted, mistake.probability)
+    to_check = wandb.Table(columns=["image", "index", "label", "predicted class", "probability of the label"])
+    for doubtful in result.doubtful_labels:
+        image = wandb.Image(255 - doubtful.image.numpy())
+        to_check.add_data(image, doubtful.name, doubtful.label, doubtful.predicted, doubtful.probability)
     figures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(result.run_dir.glob("*.png"))}
-    run.log({"mistakes": mistakes} | figures)
+    run.log({"mistakes": mistakes, "labels_to_check": to_check} | figures)
 
     metadata = {f"test/{name}": getattr(final, name) for name in ("loss", "accuracy", "report")}
     model = wandb.Artifact(f"{result.run_dir.name}-model", type="model", metadata=metadata)

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from data_utils import Dataset
 from experiment.model_check import ModelSummary
 from experiment.results import ExperimentResult, make_result
 
-FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
+FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png", "labels_to_check.png")
 CLASS_NAMES = ["Coat", "Shirt", "Hat", "Bag"]
 COAT, SHIRT, HAT, BAG = range(4)
 # For each image: the true class, the predicted class and its probability.
@@ -34,6 +35,9 @@ TEST_PREDICTIONS: Predictions = [
 ]
 FOLD_1_PREDICTIONS: Predictions = [(COAT, COAT, 0.9), (COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (BAG, BAG, 0.9)]
 FOLD_2_PREDICTIONS: Predictions = [(COAT, SHIRT, 0.9), (SHIRT, SHIRT, 0.9), (SHIRT, COAT, 0.9), (BAG, BAG, 0.9)]
+# Of the ten training images, each fold holds out four.
+FOLD_1_MASK = np.isin(range(10), [0, 1, 3, 7])
+FOLD_2_MASK = np.isin(range(10), [2, 4, 5, 8])
 HISTORIES: dict[str, list[dict[str, float]]] = {
     "fold-1": [
         {"epoch": 1, "train/loss": 1.0, "train/accuracy": 0.5, "validation/loss": 0.8, "validation/accuracy": 0.5},
@@ -91,6 +95,11 @@ def make_experiment(network: str = "NeuralNetwork", test_predictions: Prediction
         config=SimpleNamespace(to_dict=lambda: CONFIG),
         dataset=make_dataset(torch.tensor([true for true, _, _ in test_predictions])),
         environment=ENVIRONMENT,
+        fits=[
+            SimpleNamespace(name="final", held_out_mask=None),
+            SimpleNamespace(name="fold-1", held_out_mask=FOLD_1_MASK.tobytes()),
+            SimpleNamespace(name="fold-2", held_out_mask=FOLD_2_MASK.tobytes()),
+        ],
         model=ModelSummary(name=network, printed=f"{network}()", parameters=669706, fingerprint={}),
         started=time.monotonic() - SECONDS,
     )

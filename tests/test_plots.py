@@ -40,8 +40,8 @@ def test_figures_are_png_files_without_a_display(result: ExperimentResult, monke
 
 def test_diverged_fits_leave_out_the_figures_that_need_them(result: ExperimentResult) -> None:
     without_final = replace(result, final=None, mistakes=[])
-    assert list(make_figures(without_final)) == ["learning_curves.png"]
-    assert tuple(make_figures(replace(result, folds=[]))) == FIGURES[1:]
+    assert list(make_figures(without_final)) == ["learning_curves.png", "labels_to_check.png"]
+    assert tuple(make_figures(replace(result, folds=[]))) == FIGURES[1:-1]
     assert make_figures(replace(without_final, folds=[])) == {}
 
 
@@ -227,6 +227,12 @@ def test_mistakes_are_shown_six_per_row() -> None:
         assert not any(panel.axison for panel in figure.axes)
     assert heights[1] == heights[6] < heights[7]
     assert heights[13] - heights[7] == pytest.approx(heights[7] - heights[6])
+
+
+def test_doubtful_labels_are_shown_with_their_index_label_and_prediction(figures: dict[str, "Figure"]) -> None:
+    panels = [panel for panel in figures["labels_to_check.png"].axes if panel.images]
+    assert [panel.get_title().splitlines()[0] for panel in panels] == ["1", "2", "5"]
+    assert panels[0].get_title() == "1\nlabel: Coat (3.3 %)\npredicted: Shirt"
 
 
 def test_network_without_mistakes_has_a_figure_without_images(result: ExperimentResult) -> None:

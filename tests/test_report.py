@@ -146,6 +146,7 @@ def test_list_of_files_and_of_the_runs_in_wandb(result: ExperimentResult) -> Non
     result.environment["wandb_run_ids"] = {"final": "abc"}
     assert section(make_report(result), "Files").splitlines() == [
         "- `results.json`: every metric at full precision; `config.json`: the settings.",
+        "- `predictions.csv`: what is predicted for each training image, out of fold, and for each test image.",
         "- `model.pt`: the parameters of the final network, for `load_state_dict`.",
         f"- `python classify.py picture.png --run {RUN_DIR.name}` prints what the final network predicts for a picture "
         "of yours.",

@@ -1,0 +1,164 @@
+"""What the networks predict for each image: predictions.csv, and the training images whose label is doubtful."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from data_utils import Dataset
+    from experiment.training import Checkpoint
+    from train_utils import Fit
+
+MAX_DOUBTFUL_LABELS = 24
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins with one of these
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one network predicts for images that it was not trained on.
+
+    Attributes
+    ----------
+    split : str
+        The fold that holds the images out, or "test".
+    indices : Tensor
+        int64 (N,): the positions of the images among the training images or among the test images.
+    labels, probabilities : Tensor
+        int64 (N,) and float32 (N, logits).
+    """
+
+    split: str
+    indices: Tensor
+    labels: Tensor
+    probabilities: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predicted labels, int64 (N,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def label_probability(self) -> Tensor:
+        """The probability of each image's own label, float32 (N,)."""
+        return self.probabilities.gather(1, self.labels[:, None]).squeeze(1)
+
+
+@dataclass
+class DoubtfulLabel:
+    """A training image whose label the network of its fold doubts: it was trained without this image.
+
+    Attributes
+    ----------
+    image : Tensor
+        uint8, as in the data set.
+    name : str
+        Its index among the training images, as in predictions.csv.
+    label, predicted : str
+        The names of two classes.
+    probability : float
+        The probability that the network gives to the label.
+    """
+
+    image: Tensor
+    name: str
+    label: str
+    predicted: str
+    probability: float
+
+
+def collect_predictions(fits: list[Fit], checkpoints: dict[str, Checkpoint]) -> list[Predictions]:
+    """Return the predictions of each fold, then those for the test images; none of a fit that diverged."""
+    collected = []
+    for fit in fits:
+        checkpoint = checkpoints[fit.name]
+        if checkpoint["failure"]:
+            continue
+        _, labels, probabilities = checkpoint["evaluation"]
+        if fit.held_out_mask is None:
+            test = Predictions("test", torch.arange(len(labels)), labels, probabilities)
+        else:
+            indices = torch.from_numpy(np.frombuffer(fit.held_out_mask, dtype=bool).nonzero()[0])
+            collected.append(Predictions(fit.name, indices, labels, probabilities))
+    return [*collected, test] if not checkpoints["final"]["failure"] else collected
+
+
+def predictions_csv(predictions: list[Predictions], class_names: list[str]) -> bytes:
+    """Return the content of predictions.csv: a row for each training image, in their order, then for each test image.
+
+    The columns are ``index``, ``split``, ``label``, ``prediction``, ``label_doubt`` (1 − the probability of the label)
+    and, for each class, ``p(class)``. Probabilities have nine significant digits, so that they can be read back as the
+    same float32. An apostrophe is put before a name that a spreadsheet would take for a formula.
+    """
+    columns = ["index", "split", "label", "prediction", "label_doubt", *(f"p({name})" for name in class_names)]
+    folds = [part for part in predictions if part.split != "test"]
+    lines = [",".join(map(_cell, columns))]
+    if folds:
+        fold_lines = [line for part in folds for line in _lines(part, class_names)]
+        in_order = torch.cat([part.indices for part in folds]).argsort().tolist()
+        lines += [fold_lines[position] for position in in_order]
+    for part in predictions:
+        if part.split == "test":
+            lines += _lines(part, class_names)
+    return "\n".join([*lines, ""]).encode(errors="replace")
+
+
+def _lines(part: Predictions, class_names: list[str]) -> list[str]:
+    cells = [_cell(name) for name in class_names]
+    doubts = 1 - part.label_probability.double()
+    numbers = torch.column_stack([doubts, part.probabilities[:, : len(cells)]]).tolist()
+    # One format for a whole row: five times as fast as the csv module.
+    row_format = f"%d,{part.split},%s,%s" + ",%.9g" * (1 + len(cells))
+    lines = []
+    for index, label, predicted, row in zip(
+        part.indices.tolist(), part.labels.tolist(), part.predicted.tolist(), numbers, strict=True
+    ):
+        lines.append(row_format % (index, cells[label], class_name(cells, predicted), *row))
+    return lines
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell: with quotation marks if it needs them, and never as a formula."""
+    if text.startswith(FORMULA_STARTS):
+        text = f"'{text}"
+    buffer = io.StringIO()
+    csv.writer(buffer).writerow([text])
+    return buffer.getvalue().removesuffix("\r\n")
+
+
+def class_name(names: list[str], label: int) -> str:
+    """Return the name of a class; a network may have more logits than the data set has classes."""
+    return names[label] if label < len(names) else f"logit {label}"
+
+
+def find_doubtful_labels(predictions: list[Predictions], dataset: Dataset) -> list[DoubtfulLabel]:
+    """Return the training images whose label is least probable, the least probable first.
+
+    Each is evaluated by the network of the fold that holds it out. This ranking ("self-confidence") is one of those
+    that Northcutt, Jiang and Chuang (2021), *Confident Learning: Estimating Uncertainty in Dataset Labels*, compare;
+    tests/benchmarks/label_errors.py shows that it finds most.
+    """
+    folds = [part for part in predictions if part.split != "test"]
+    if not folds:
+        return []
+    indices = torch.cat([part.indices for part in folds])
+    labels = torch.cat([part.labels for part in folds])
+    predicted = torch.cat([part.predicted for part in folds])
+    probability = torch.cat([part.label_probability for part in folds])
+    least_probable_first = [row for row in probability.argsort(stable=True).tolist() if predicted[row] != labels[row]]
+    return [
+        DoubtfulLabel(
+            image=dataset.train_images[indices[row]],
+            name=str(indices[row].item()),
+            label=dataset.class_names[labels[row]],
+            predicted=class_name(dataset.class_names, int(predicted[row])),
+            probability=probability[row].item(),
+        )
+        for row in least_probable_first[:MAX_DOUBTFUL_LABELS]
+    ]

@@ -1,0 +1,117 @@
+"""What the networks predict for each image: predictions.csv and the doubtful labels."""
+
+import csv
+import io
+from dataclasses import replace
+
+import pandas
+import pytest
+import torch
+from conftest import Configure
+from hand_made import make_dataset, make_hand_made_result
+
+import main_tutorial
+from data_files import load_dataset
+from experiment.predictions import MAX_DOUBTFUL_LABELS, Predictions, find_doubtful_labels, predictions_csv
+from experiment.results import ExperimentResult
+
+NAMES = ["Coat", "Shirt", "Hat", "Bag"]
+
+
+@pytest.fixture(scope="module")
+def result() -> ExperimentResult:
+    return make_hand_made_result()
+
+
+def read(content: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(content.decode())))
+
+
+def test_rows_are_the_training_images_in_their_order_then_the_test_images(result: ExperimentResult) -> None:
+    rows = read(predictions_csv(result.predictions, NAMES))
+    expected = [(str(index), f"fold-{fold}") for index, fold in zip((0, 1, 2, 3, 4, 5, 7, 8), "11212212", strict=True)]
+    expected += [(str(index), "test") for index in range(10)]
+    assert [(row["index"], row["split"]) for row in rows] == expected
+
+
+def test_row_has_label_prediction_doubt_and_the_probability_of_each_class(result: ExperimentResult) -> None:
+    row = read(predictions_csv(result.predictions, NAMES))[1]
+    assert (row["label"], row["prediction"]) == ("Coat", "Shirt")
+    assert float(row["p(Shirt)"]) == pytest.approx(0.9) and float(row["p(Coat)"]) == pytest.approx(0.1 / 3)
+    assert float(row["label_doubt"]) == pytest.approx(1 - 0.1 / 3)
+    assert list(row)[5:] == [f"p({name})" for name in NAMES]
+
+
+def test_probabilities_are_read_back_as_the_same_float32() -> None:
+    probabilities = torch.randn(50, 4).mul(9).softmax(1)
+    part = Predictions("test", torch.arange(50), torch.zeros(50, dtype=torch.int64), probabilities)
+    table = pandas.read_csv(io.BytesIO(predictions_csv([part], NAMES)))
+    assert torch.equal(torch.tensor(table.iloc[:, 5:].to_numpy(), dtype=torch.float32), probabilities)
+
+
+@pytest.mark.parametrize("name", ['a "quoted", name', "two\nlines", "Mütze 🧢"])
+def test_any_class_name_is_read_back(name: str, result: ExperimentResult) -> None:
+    table = pandas.read_csv(io.BytesIO(predictions_csv(result.predictions, [name, *NAMES[1:]])))
+    assert table["label"][0] == name and f"p({name})" in table.columns
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+49", "-x", "@home"])
+def test_class_name_that_begins_like_a_formula_gets_an_apostrophe(name: str, result: ExperimentResult) -> None:
+    assert read(predictions_csv(result.predictions, [name, *NAMES[1:]]))[0]["label"] == f"'{name}"
+
+
+def test_prediction_of_a_logit_without_a_class_is_named() -> None:
+    part = Predictions("test", torch.arange(1), torch.tensor([0]), torch.tensor([[0.1, 0.2, 0.7]]))
+    row = read(predictions_csv([part], ["cat", "dog"]))[0]
+    assert row["prediction"] == "logit 2" and list(row)[5:] == ["p(cat)", "p(dog)"]
+
+
+def test_fit_that_diverged_has_no_rows() -> None:
+    result = make_hand_made_result(failures={"fold-1": "fold-1 diverged.", "final": "final diverged."})
+    assert {row["split"] for row in read(predictions_csv(result.predictions, NAMES))} == {"fold-2"}
+
+
+def test_run_without_any_result_has_only_the_header() -> None:
+    assert predictions_csv([], ["cat"]) == b"index,split,label,prediction,label_doubt,p(cat)\n"
+
+
+def test_doubtful_labels_are_the_wrongly_predicted_training_images_the_least_probable_label_first(
+    result: ExperimentResult,
+) -> None:
+    part = result.predictions[0]
+    part = replace(part, probabilities=part.probabilities.clone())
+    part.probabilities[2] = torch.tensor([0.97, 0.01, 0.01, 0.01])  # image 3, a shirt
+    doubtful = find_doubtful_labels([part, *result.predictions[1:]], make_dataset(torch.zeros(10)))
+    assert [(item.name, item.label, item.predicted) for item in doubtful] == [
+        ("3", "Shirt", "Coat"),
+        ("1", "Coat", "Shirt"),
+        ("2", "Coat", "Shirt"),
+        ("5", "Shirt", "Coat"),
+    ]
+    assert doubtful[0].probability == pytest.approx(0.01)
+
+
+def test_at_most_24_labels_are_listed() -> None:
+    images = 30
+    part = Predictions(
+        "fold-1",
+        torch.zeros(images, dtype=torch.int64),
+        torch.zeros(images, dtype=torch.int64),
+        torch.tensor([[0.1, 0.9]] * images),
+    )
+    assert len(find_doubtful_labels([part], make_dataset(torch.zeros(10)))) == MAX_DOUBTFUL_LABELS == 24
+
+
+def test_csv_of_a_run_agrees_with_its_results(configure: Configure) -> None:
+    result = configure(main_tutorial, EPOCHS=1).main()
+    table = pandas.read_csv(result.run_dir / "predictions.csv", dtype={"label": str, "prediction": str})
+    dataset = load_dataset("Digits", main_tutorial.DATA_DIR)
+    assert table["split"].value_counts()["test"] == len(dataset.test_labels)
+    train = table[table["split"] != "test"]
+    assert train["index"].tolist() == list(range(len(dataset.train_labels)))
+    assert train["label"].tolist() == [dataset.class_names[label] for label in dataset.train_labels]
+    for fit, split in [*((fold, fold.name) for fold in result.folds), (result.final, "test")]:
+        rows = table[table["split"] == split]
+        assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(fit.accuracy)
+        cross_entropy = -torch.tensor(1 - rows["label_doubt"].to_numpy()).log().mean().item()
+        assert cross_entropy == pytest.approx(fit.loss, rel=1e-4)
