@@ -39,24 +39,27 @@ BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; import experiment.executors
 MESSAGE_MAGIC = b"\0experiment.executors\0"  # starts each message: a debugger may print before a worker reads its pipe
 SHUTDOWN_SECONDS = 2  # that `shutdown` waits for each thread
 PROJECT_MODULES = ("experiment", "comparison", "train_utils", "data_utils", "data_files")  # workers can import them
+_one_experiment_at_a_time = threading.RLock()  # random generators and W&B's settings belong to the whole process
 
 
 @contextmanager
 def make_executor(config: "TrainingConfig", executor: Executor | None) -> Iterator[Executor]:
     """Provide what computes the epochs: the caller's executor, worker processes, or this process.
 
-    An executor that was passed in is not shut down at the end.
+    An executor that was passed in is not shut down at the end. Experiments in several threads of this process wait for
+    each other here.
     """
-    if executor is not None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sending large graph")  # Dask, of each state above 10 MB
-            yield executor
-        return
-    from experiment.resources import resolve_resources  # not at the top: workers import this module
+    with _one_experiment_at_a_time:
+        if executor is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sending large graph")  # Dask, of each state above 10 MB
+                yield executor
+            return
+        from experiment.resources import resolve_resources  # not at the top: workers import this module
 
-    workers = resolve_resources(config).workers
-    with WorkerProcesses(workers) if workers > 1 else SerialExecutor() as pool:
-        yield pool
+        workers = resolve_resources(config).workers
+        with WorkerProcesses(workers) if workers > 1 else SerialExecutor() as pool:
+            yield pool
 
 
 def uses_other_processes(pool: Executor) -> bool:

@@ -32,6 +32,7 @@ def run_experiment(
         Returns the network, without arguments: its class, a function, a `functools.partial`. The network takes images
         (N, 1, 28, 28) and returns logits (N, 10).
     config : TrainingConfig
+        A second experiment in another thread of this process waits until the first one has ended.
     executor : concurrent.futures.Executor, optional
         Computes the epochs, for example on a Dask cluster; by default, WORKERS processes of this machine do.
 

@@ -49,7 +49,8 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
     ------
     ConfigurationError
         If the mode is online and there is no key, the key has the wrong form, or the server refuses it. The message
-        names where the key was found, never the key. In a sweep, also if the mode is not online.
+        names where the key was found, never the key. If the server's address is not one. In a sweep, also if the mode
+        is not online.
     RunError
         In a sweep, if the server does not respond as expected.
     """
@@ -57,6 +58,8 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
     key_path = resolve_path(config.wandb_api_key_path)
     _warn_if_git_would_commit(key_path)
     mode = _mode_in_environment() or config.wandb_mode
+    if mode != "disabled":
+        _check_server_address(server_url())
     if mode in ("offline", "disabled"):
         if sweep:
             raise ConfigurationError(f'a sweep needs W&B\'s server, but WANDB_MODE is "{mode}". Set it to "auto".')
@@ -127,6 +130,22 @@ def server_url() -> str:
     """
     url = os.environ.get("WANDB_BASE_URL") or _url_in_settings_files() or DEFAULT_SERVER
     return url.rstrip("/")
+
+
+def _check_server_address(url: str) -> None:
+    """Raise a ConfigurationError for an address that W&B itself would refuse, also when it logs offline."""
+    is_url = re.fullmatch(r"https?://[^\s/?#'\"]+(/\S*)?", url) is not None
+    host = url.partition("://")[2].partition("/")[0].partition(":")[0]
+    is_part_of_cloud = host == "wandb.ai" or host.endswith(".wandb.ai")
+    if is_url and (not is_part_of_cloud or url == DEFAULT_SERVER or ("api." in host and url.startswith("https"))):
+        return
+    source = (
+        "the environment variable WANDB_BASE_URL" if os.environ.get("WANDB_BASE_URL") else "base_url in W&B's settings"
+    )
+    raise ConfigurationError(
+        f"{source} must be the address of a W&B server, such as {DEFAULT_SERVER} or https://wandb.example.com, without "
+        f"quotation marks, got {url!r}"
+    )
 
 
 def _url_in_settings_files() -> str | None:

@@ -236,3 +236,14 @@ def test_an_epoch_that_is_lost_four_times_ends_the_run_with_one_line(
         configure(main_tutorial, EPOCHS=1).main(executor=Losing(["fold-2"], 4))
     assert stop.value.code == 1
     assert ", 4 times in the same epoch of fold-2." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_experiments_in_two_threads_run_one_after_the_other(configure: Configure) -> None:
+    script = configure(main_tutorial, EPOCHS=1, WANDB_MODE="offline")
+    config = TrainingConfig.from_constants(vars(script))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: run_experiment(NeuralNetwork, config), range(2))
+    assert first.run_dir != second.run_dir
+    assert first.to_dict()["folds"] == second.to_dict()["folds"]
+    assert all(len(list(result.run_dir.glob("wandb/offline-run-*"))) == 3 for result in (first, second))

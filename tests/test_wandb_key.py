@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from conftest import KEY, REPOSITORY, Configure, finish, start_python
 from wandb_server import WandbServer
 
@@ -214,6 +215,40 @@ def test_settings_file_without_a_server_is_ignored(
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     (tmp_path / "settings").write_text("[default]\nbase_url = http://example.org\n")
     assert server_url() == "http://example.org"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "wandb.example.com",
+        '"https://wandb.example.com"',
+        "https://wandb.ai",
+        "https://app.wandb.ai",
+        "http://api.wandb.ai",
+        "ftp://x",
+    ],
+)
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_address_that_is_no_server_is_one_line_also_offline(
+    url: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    with pytest.raises(ConfigurationError) as error:
+        resolve(mode)
+    assert "the environment variable WANDB_BASE_URL must be the address of a W&B server, such as" in str(error.value)
+    assert str(error.value).endswith(f"got {url!r}") and "\n" not in str(error.value)
+
+
+def test_address_of_a_server_is_accepted_as_wandb_accepts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in (
+        "https://wandb.example.com",
+        "http://localhost:8080/",
+        "https://api.wandb.ai",
+        "https://me.api.wandb.ai",
+    ):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        assert resolve("offline") == WandbAccess("offline")
+        wandb.Settings(base_url=url)
 
 
 def test_access_is_resolved_without_importing_wandb(tmp_path: Path) -> None:
