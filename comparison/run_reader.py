@@ -40,6 +40,8 @@ class Identity(_Record):
     """Everything that a run's results depend on, from config.json."""
 
     dataset: str
+    image_shape: tuple[int, int, int] = (1, 28, 28)
+    class_sizes: dict[str, int] = {}
     folds: int
     epochs: int
     batch_size: int

@@ -3,7 +3,17 @@
 from typing import Any
 
 # The constants of the entry scripts that say what is computed.
-HYPERPARAMETERS = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+HYPERPARAMETERS = (
+    "dataset",
+    "image_shape",
+    "folds",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "lr_schedule",
+    "mirror",
+    "rng_seed",
+)
 FINGERPRINT_TOLERANCE = 1e-3  # two types of CPU differ by a few parts in a million
 NEGLIGIBLE_GRADIENT = 1e-6  # of the largest: rounding errors, as of a bias before batch norm
 

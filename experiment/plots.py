@@ -165,7 +165,8 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     counts = np.array(final.confusion)
     images_per_class = counts.sum(1, keepdims=True).clip(min=1)  # 1 avoids 0/0 for a class without test images
     percentages = 100 * counts / images_per_class
-    figure = new_figure(10, 9)
+    size = max(9, 0.4 * len(counts))
+    figure = new_figure(size + 1, size)
     panel = figure.subplots()
     image = panel.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
     for (row, column), count in np.ndenumerate(counts):
@@ -192,7 +193,8 @@ def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
     for panel in panels:
         panel.set_axis_off()
     for panel, mistake in zip(figure.axes, mistakes, strict=False):
-        panel.imshow(mistake.image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        pixels = mistake.image.numpy() if mistake.image.dim() == 2 else mistake.image.permute(1, 2, 0).numpy()
+        panel.imshow(pixels, cmap="gray_r" if mistake.is_light_on_dark else "gray", vmin=0, vmax=255)
         true, predicted = display_name(mistake.true), display_name(mistake.predicted)
         panel.set_title(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)", fontsize=8)
     return figure

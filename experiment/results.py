@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from data_utils import light_background_share
 from train_utils import compute_accuracy
 
 if TYPE_CHECKING:
@@ -57,12 +58,16 @@ class FitResult:
 
 @dataclass
 class Mistake:
-    """A test image (uint8, 28×28) that the final network classified wrongly, and the probability it gave."""
+    """A test image (uint8, as in `Dataset`) that the final network classified wrongly, and the probability it gave.
+
+    `is_light_on_dark` says whether the background of most training images is dark.
+    """
 
     image: Tensor
     true: str
     predicted: str
     probability: float
+    is_light_on_dark: bool = True
 
 
 @dataclass(repr=False)
@@ -144,7 +149,8 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
     final = fits.pop("final", None)
     if final:
         _, labels, probabilities = checkpoints["final"]["evaluation"]
-        mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
+        is_light_on_dark = light_background_share(dataset.train_images) < 0.5
+        mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names, is_light_on_dark)
     seconds = time.monotonic() - experiment.started
     return ExperimentResult(
         config=experiment.config.to_dict(),
@@ -185,13 +191,20 @@ def _compute_metrics(
     return FitResult(name, loss, accuracy, report, history, confusion)
 
 
-def _find_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str]) -> list[Mistake]:
+def _find_mistakes(
+    images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str], is_light_on_dark: bool
+) -> list[Mistake]:
     """Return the wrongly classified images, the most confident first."""
     confidence, predictions = probabilities.max(1)
     wrong = (predictions != labels).nonzero().flatten()
     most_confident_first = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     mistakes = []
     for i in most_confident_first[:MAX_MISTAKES].tolist():
-        true, predicted = class_names[labels[i]], class_names[predictions[i]]
-        mistakes.append(Mistake(images[i], true, predicted, confidence[i].item()))
+        true, predicted = class_names[labels[i]], _name_of_logit(int(predictions[i]), class_names)
+        mistakes.append(Mistake(images[i], true, predicted, confidence[i].item(), is_light_on_dark))
     return mistakes
+
+
+def _name_of_logit(label: int, class_names: list[str]) -> str:
+    """Return the name of a class; a network may have more logits than the data set has classes."""
+    return class_names[label] if label < len(class_names) else f"no class (logit {label})"

@@ -347,7 +347,11 @@ def _log_images_and_model(run: wandb.Run, result: ExperimentResult, final: FitRe
 
     mistakes = wandb.Table(columns=["image", "true class", "predicted class", "probability"])
     for mistake in result.mistakes:
-        image = wandb.Image(255 - mistake.image.numpy())
+        pixels = mistake.image.numpy()
+        if mistake.image.dim() == 3:
+            image = wandb.Image(pixels.transpose(1, 2, 0))
+        else:
+            image = wandb.Image(255 - pixels if mistake.is_light_on_dark else pixels)
         mistakes.add_data(image, mistake.true, mistake.predicted, mistake.probability)
     figures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(result.run_dir.glob("*.png"))}
     run.log({"mistakes": mistakes} | figures)

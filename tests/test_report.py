@@ -66,6 +66,7 @@ def test_run_of_a_users_own_network_is_repeated_with_constants(result: Experimen
     assert sentence == "To repeat this run, train Own with these constants:"
     assert constants.splitlines()[1:-1] == [
         "DATASET = 'FashionMNIST'",
+        "IMAGE_SHAPE = (1, 28, 28)",
         "FOLDS = 2",
         "EPOCHS = 2",
         "BATCH_SIZE = 64",
