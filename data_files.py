@@ -63,7 +63,6 @@ TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")  # the first th
 TEST_SHARE = 0.2  # of each class, if there is no folder with test pictures
 SPLIT_SEED = 0
 MAX_NAMED = 10  # damaged pictures that a message names
-UNEQUAL_CLASSES = 2  # ratio of the largest class to the smallest above which accuracy alone misleads
 DECODED_AT_A_TIME = 256  # pictures that are in memory while they are decoded
 DECODING_MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size that it is brought to
 
@@ -596,16 +595,10 @@ class Pictures:
         else:
             classes = f"the smallest is {names[smallest]}, the largest {names[largest]}"
         where = f" ({self.test_folder})" if self.test_folder else ""
-        sentence = (
+        return (
             f"{len(self.train) + len(self.test):,} pictures in {len(names)} classes ({classes}), {len(self.test):,} of "
             f"them{where} kept for the test; each is brought to {' × '.join(map(str, image_shape))}."
         )
-        if counts[largest] > UNEQUAL_CLASSES * counts[smallest]:
-            sentence += (
-                f" {self.class_names[largest]} has {counts[largest] / counts[smallest]:.1f} times the pictures of "
-                f"{self.class_names[smallest]}, so macro F1 is shown beside the accuracy."
-            )
-        return sentence
 
 
 @dataclass
@@ -877,7 +870,9 @@ def decode_picture(path: str | Path, image_shape: ImageShape) -> np.ndarray:
             picture = ImageOps.exif_transpose(opened)
             return _to_shape(picture, image_shape)
     except OSError as error:
-        reason = error.strerror or "it is not a picture, incomplete, or of an unknown format"
+        is_incomplete = "truncated" in str(error)  # Pillow has no class of its own for this
+        reason = "it is incomplete" if is_incomplete else "it is not a picture, or of an unknown format"
+        reason = error.strerror or reason
         if Path(path).suffix.lower() in (".heic", ".heif"):
             reason = "Pillow does not read HEIC; convert it to JPEG"
     except (ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:

@@ -80,6 +80,12 @@ class Fold(_Record):
         rows = {name: row for name, row in self.report.items() if not name.endswith(" avg")}
         return {name: row.f1 for name, row in rows.items() if isinstance(row, _ReportRow)}
 
+    @property
+    def macro_f1(self) -> float:
+        """The mean of the F1 scores of all classes."""
+        row = self.report["macro avg"]
+        return row.f1 if isinstance(row, _ReportRow) else row
+
 
 class _Environment(_Record):
     started: datetime

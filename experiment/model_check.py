@@ -151,9 +151,9 @@ def _check_logits(network: nn.Module, logits: Any, images: int, classes: int, da
         advice = " for a single image: is there a squeeze()?" if images == 1 else ""
         raise ConfigurationError(f"{name} must return logits (N, {classes}), got {tuple(logits.shape)}{advice}")
     if logits.shape[1] < classes:
+        returned = "1 logit" if logits.shape[1] == 1 else f"{logits.shape[1]} logits"
         raise ConfigurationError(
-            f"{name} returns {logits.shape[1]} logits, but {dataset} has {classes} classes: let the last Linear return "
-            f"{classes}"
+            f"{name} returns {returned}, but {dataset} has {classes} classes: let the last Linear return {classes}"
         )
 
 

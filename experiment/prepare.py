@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -21,7 +22,7 @@ from data_utils import Dataset, light_background_share, pixel_statistics
 from experiment.errors import ConfigurationError, RunError
 from experiment.executors import WorkerDiedError, external_name, pickle_by_value, submit, uses_other_processes
 from experiment.formatting import wrap
-from experiment.identity import HYPERPARAMETERS
+from experiment.identity import HYPERPARAMETERS, has_unequal_classes
 from experiment.model_check import ModelSummary, check_callable, check_model
 from experiment.resources import Resources, resolve_resources
 from experiment.settings import TrainingConfig
@@ -143,11 +144,24 @@ def _load_and_describe(config: TrainingConfig) -> Dataset:
     data_dir = resolve_path(config.data_dir)
     if config.dataset in CLASS_NAMES:
         return load_dataset(config.dataset, data_dir, config.image_shape)
-    print_line(wrap(find_pictures(config.dataset).describe(config.image_shape)))
+    pictures = find_pictures(config.dataset)
+    counts = Counter(pictures.class_names[label] for _, label in pictures.train)
+    print_line(wrap(pictures.describe(config.image_shape) + _describe_unequal_classes(counts)))
     dataset = load_dataset(config.dataset, data_dir, config.image_shape)
     for note in dataset.notes:
         warn(wrap(note))
     return dataset
+
+
+def _describe_unequal_classes(counts: Counter[str]) -> str:
+    """Return a sentence on the training images of the largest and the smallest class, if these differ much."""
+    if not has_unequal_classes(counts):
+        return ""
+    (largest, most), *_, (smallest, fewest) = counts.most_common()
+    return (
+        f" {largest} has {most / fewest:.1f} times the training images of {smallest}, so macro F1, in which all "
+        "classes count the same, is shown beside the accuracy."
+    )
 
 
 def _result_of(future: Future[Any]) -> Any:

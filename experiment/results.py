@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_utils import light_background_share
+from experiment.identity import has_unequal_classes
 from train_utils import compute_accuracy
 
 if TYPE_CHECKING:
@@ -111,6 +113,14 @@ class ExperimentResult:
         }
         means = {f"{name}_mean": statistics.fmean(per_fold) for name, per_fold in values.items()}
         return means | {f"{name}_std": statistics.stdev(per_fold) for name, per_fold in values.items()}
+
+    @property
+    def has_unequal_classes(self) -> bool:
+        """Whether macro F1 is shown beside the accuracy."""
+        sizes: Counter[str] = Counter()
+        for fold in self.folds:
+            sizes.update({name: fold.report[name]["support"] for name in fold.classes})
+        return has_unequal_classes(sizes)
 
     def __repr__(self) -> str:
         """Return three lines: the run directory, the test's metrics and those of the folds."""
