@@ -1,8 +1,9 @@
 """Print what the final network of a finished run predicts for pictures.
 
 Each picture gets one line with its three most likely classes and their probabilities. A picture may have any size and
-colours; it is converted to a square of 28 × 28 grey pixels. The networks were trained on light objects on a dark
-background: a dark object on a light background needs --invert.
+colours; it is brought to the size and the colours of the images that the network was trained on. The digits and clothes
+are light objects on a dark background: for a network that was trained on these, a dark object on a light background
+needs --invert.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from experiment.formatting import display_name
 from experiment.terminal import print_line, warn
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
     from torch import Tensor, nn
 
     from comparison.run_reader import FinishedRun
+    from data_files import ImageShape
 
 DEFAULT_RUNS_DIR = Path(__file__).resolve().parent / "runs"
-SIZE = 28  # pixels per side of the images that the networks take
+DEFAULT_SHAPE = (1, 28, 28)
+SIMILAR_SHARE = 0.1  # of the training images may have another background than the rest, for the advice to invert
 CLASSES_SHOWN = 3
 
 
@@ -40,30 +41,36 @@ class TrainedNetwork:
     Attributes
     ----------
     network : nn.Module
-    mean, std : float
-        Of the pixels of the training images, scaled to 0 … 1.
+    mean, std : tuple of float
+        Of the pixels of the training images, per channel, scaled to 0 … 1.
     mirror : bool
         Average the probabilities of a picture and of its mirror image.
     class_names : list of str
+    image_shape : tuple of int
+        Channels, height and width of the images that it takes.
+    light_backgrounds : float
+        The share of the training images with a light background.
     """
 
     network: nn.Module
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     mirror: bool
     class_names: list[str]
+    image_shape: ImageShape
+    light_backgrounds: float
 
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class probabilities, float32 (N, 10), of images, uint8 (N, 28, 28)."""
+        """Return the class probabilities, float32 (N, classes), of images as `read_picture` returns them."""
         import torch
 
         from data_utils import Batches
         from train_utils import EVALUATION_BATCH_SIZE, test_loop
 
         no_labels = torch.zeros(len(images), dtype=torch.int64)
-        batches = Batches(images, no_labels, EVALUATION_BATCH_SIZE, self.mean, self.std, torch.device("cpu"))
+        batches = Batches(images, no_labels, None, EVALUATION_BATCH_SIZE, self.mean, self.std, torch.device("cpu"))
         _, _, probabilities = test_loop(batches, self.network, torch.nn.CrossEntropyLoss(), mirror=self.mirror)
-        return probabilities
+        return probabilities[:, : len(self.class_names)]  # a network may have more outputs than there are classes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,10 +98,11 @@ def classify(pictures: list[Path], run: str | None, runs_dir: Path, network: str
 
     finished_run = choose_run(run, runs_dir)
     trained = load_network(finished_run, network)
-    images = [read_picture(path, invert) for path in pictures]
+    images = [read_picture(path, trained.image_shape, invert) for path in pictures]
     for path, image in zip(pictures, images, strict=True):
-        if has_light_background(image):
-            warn(f"{path} {_background_advice(invert)}.")
+        advice = background_advice(image, trained.light_backgrounds, invert)
+        if advice:
+            warn(f"{path} {advice}.")
     print_line(f"Predictions of the final network of {relative_to_cwd(finished_run.path)}:")
     for path, probabilities in zip(pictures, trained.predict(torch.stack(images)), strict=True):
         print_line(describe_prediction(str(path), probabilities, trained.class_names))
@@ -141,7 +149,8 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
     where = relative_to_cwd(run.path)
     recorded = run.identity.network
     model_class = _class_in_models(recorded.name) if network is None else _class_in_file(network)
-    built = build_network(model_class, torch.device("cpu"))
+    image_shape = run.identity.image_shape
+    built = build_network(model_class, torch.device("cpu"), image_shape)
     try:
         built.load_state_dict(torch.load(run.path / "model.pt", weights_only=True))
     except FileNotFoundError:
@@ -152,7 +161,7 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
             f"the parameters in {where} do not fit {recorded.name} as it is now ({reason}). Name the "
             "class that was trained, as in --network file.py:Class"
         ) from None
-    if not is_same_network(recorded.model_dump(), model_class):
+    if not is_same_network(recorded.model_dump(), model_class, image_shape):
         raise ConfigurationError(
             f"{recorded.name} is not the network that was trained in {where} any more, although the parameters fit. "
             "Undo the edit, name the class that was trained (--network file.py:Class), or name another run (--run)"
@@ -164,6 +173,8 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
         std=normalization["std"],
         mirror=run.identity.mirror,
         class_names=normalization["class_names"],
+        image_shape=image_shape,
+        light_backgrounds=normalization["light_backgrounds"],
     )
 
 
@@ -187,77 +198,55 @@ def _class_in_file(network: str) -> Callable[[], nn.Module]:
     return namespace[name]
 
 
-def read_picture(path: Path, invert: bool = False) -> Tensor:
-    """Return a picture as the networks take it: uint8 (28, 28), 0 is black.
+def read_picture(path: Path, image_shape: ImageShape = DEFAULT_SHAPE, invert: bool = False) -> Tensor:
+    """Return a picture as a network takes it: uint8, (height, width) in grey or (3, height, width), 0 is black.
 
-    Transparent pixels become the background: black or, with `invert`, white, which is then inverted. A picture that is
-    not square is padded with the grey of its border.
+    It is decoded as the pictures of a folder are, and with `invert` inverted afterwards.
 
     Raises
     ------
     ConfigurationError
         If it is not a picture.
     """
-    import numpy as np
     import torch
-    from PIL import Image, ImageOps
+
+    from data_files import DatasetError, decode_picture
 
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            grey = _to_grey(picture, background=255 if invert else 0)
-    except OSError as error:
-        reason = error.strerror or "it is not a picture, or of an unknown format"
-        raise ConfigurationError(f"{path} cannot be read: {reason}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
-        raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    if invert:
-        grey = ImageOps.invert(grey)
-    border = _median_of_border(np.asarray(grey))
-    side = max(grey.size)
-    square = ImageOps.pad(grey, (side, side), color=int(border))
-    return torch.from_numpy(np.array(square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)))
+        image = decode_picture(path, image_shape)
+    except DatasetError as error:
+        raise ConfigurationError(str(error)) from None
+    return torch.from_numpy(255 - image if invert else image.copy())  # a copy can be written to
 
 
-def _to_grey(picture: Image.Image, background: int) -> Image.Image:
-    """Return a picture of any mode in 256 greys, with that background where it is transparent."""
-    import numpy as np
-    from PIL import Image
+def background_advice(image: Tensor, light_backgrounds: float, inverted: bool) -> str | None:
+    """Return what to try if an image's background is unlike that of nearly all training images.
 
-    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which Pillow would clip at 255
-        values = np.asarray(picture, dtype=np.float64)
-        largest = 65535 if values.max() > 255 else 255
-        if picture.mode.startswith("F") and values.max() <= 1:  # floating-point TIFFs from 0 to 1
-            largest = 1
-        return Image.fromarray((values.clip(0, largest) * (255 / largest)).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        coloured = picture.convert("RGBA")
-        canvas = Image.new("RGBA", coloured.size, (background, background, background, 255))
-        picture = Image.alpha_composite(canvas, coloured)
-    return picture.convert("L")
+    Parameters
+    ----------
+    image : Tensor
+        As `read_picture` returns it.
+    light_backgrounds : float
+        The share of training images with a light background.
+    inverted : bool
+        Whether the image was inverted.
+    """
+    from data_utils import light_background_share
 
-
-def _median_of_border(pixels: np.ndarray) -> float:
-    """Return the median of the outermost pixels of a picture (height, width)."""
-    import numpy as np
-
-    return float(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))
-
-
-def has_light_background(image: Tensor) -> bool:
-    """Return whether the background of an image, uint8 (28, 28), is light: in all data sets here it is dark."""
-    return _median_of_border(image.numpy()) > 127
-
-
-def _background_advice(inverted: bool) -> str:
+    is_light = light_background_share(image[None]) > 0.5
+    if SIMILAR_SHARE < light_backgrounds < 1 - SIMILAR_SHARE or is_light == (light_backgrounds > 0.5):
+        return None
+    looks, training = "dark on light", "light on dark"
+    if not is_light:
+        looks, training = training, looks
     if inverted:
-        return "looks light on dark already, like the training images: leave out --invert"
-    return "looks dark on light, but the training images are light on dark: try --invert"
+        return f"looks {training} already, like the training images: leave out --invert"
+    return f"looks {looks}, but the training images are {training}: try --invert"
 
 
 def describe_prediction(path: str, probabilities: Tensor, class_names: list[str]) -> str:
-    """Return one line: a picture's path and its most likely classes, given its class probabilities (10,)."""
-    largest, labels = probabilities.topk(CLASSES_SHOWN)
+    """Return one line: a picture's path and its most likely classes, given its class probabilities."""
+    largest, labels = probabilities.topk(min(CLASSES_SHOWN, len(probabilities)))
     shown = [
         f"{display_name(class_names[label])} {100 * probability:.1f} %"
         for probability, label in zip(largest.tolist(), labels.tolist(), strict=True)

@@ -9,26 +9,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+STATISTICS_CHUNK = 1024  # images whose pixels are counted at a time, so that no copy of all images is needed
+
 
 class Dataset(NamedTuple):
-    """A data set in memory: images uint8 (N, 28, 28), labels int64 (N,), and the name of each class."""
+    """A data set in memory, or in a file that is mapped into memory.
+
+    Images are uint8: (N, height, width) if they are grey, (N, 3, height, width) if they are in colour. Labels are int64
+    (N,). `class_names` has the name of each class, `notes` what the user should know about the pictures, one sentence
+    each.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     class_names: list[str]
+    notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return the SHA-256 of all images and labels, in hexadecimal."""
         sha = hashlib.sha256()
         for tensor in self[:4]:
-            sha.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+            sha.update(f"{tuple(tensor.shape)}".encode())
+            sha.update(np.ascontiguousarray(tensor.numpy()).data)
         return sha.hexdigest()
 
 
-def split(dataset: Dataset, held_out_mask: bytes | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (images, labels) to train on, and those to evaluate on.
+class Part(NamedTuple):
+    """Some of the images of a data set: those with the indices `rows`, or all of them if `rows` is None."""
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor | None
+
+
+def split(dataset: Dataset, held_out_mask: bytes | None) -> tuple[Part, Part]:
+    """Return the part of a data set to train on, and the one to evaluate on; no image is copied.
 
     Parameters
     ----------
@@ -39,43 +56,73 @@ def split(dataset: Dataset, held_out_mask: bytes | None) -> tuple[tuple[Tensor, 
     """
     images, labels = dataset.train_images, dataset.train_labels
     if held_out_mask is None:
-        return (images, labels), (dataset.test_images, dataset.test_labels)
+        return Part(images, labels, None), Part(dataset.test_images, dataset.test_labels, None)
     held_out = torch.tensor(np.frombuffer(held_out_mask, dtype=bool))
-    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+    return Part(images, labels, (~held_out).nonzero()[:, 0]), Part(images, labels, held_out.nonzero()[:, 0])
 
 
-def pixel_statistics(images: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation of the pixels of uint8 images, scaled to 0 … 1.
+def pixel_statistics(images: Tensor, rows: Tensor | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the pixels of uint8 images, per channel, scaled to 0 … 1.
 
     The sums are sums of integers, so the result does not depend on their order or on the number of threads.
+
+    Parameters
+    ----------
+    images : Tensor
+        As in `Dataset`.
+    rows : Tensor, optional
+        The indices of the images that count; by default, all do.
     """
-    counts = torch.bincount(images.flatten(), minlength=256)
+    channels = 1 if images.dim() == 3 else images.shape[1]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    number = len(images) if rows is None else len(rows)
+    for start in range(0, number, STATISTICS_CHUNK):
+        end = min(start + STATISTICS_CHUNK, number)
+        chunk = images[start:end] if rows is None else images[rows[start:end]]
+        for channel in range(channels):
+            pixels = chunk if images.dim() == 3 else chunk[:, channel]
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    means, stds = zip(*[_mean_and_std(each) for each in counts], strict=True)
+    return means, stds
+
+
+def _mean_and_std(counts: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of pixels, given how many there are of each of the 256 values."""
     values = torch.arange(256)
+    pixels = int(counts.sum())
     total = (counts * values).sum().item()
     total_of_squares = (counts * values**2).sum().item()
 
-    mean = total / images.numel()
-    variance = total_of_squares / images.numel() - mean**2
+    mean = total / pixels
+    variance = total_of_squares / pixels - mean**2
     std = max(variance, 0.0) ** 0.5
     if std == 0:  # all pixels are equal: do not divide by 0
         std = 255.0
     return mean / 255, std / 255
 
 
+def light_background_share(images: Tensor) -> float:
+    """Return the share of images whose background is light: the median of their outermost pixels is above 127."""
+    edges = [images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]]
+    return (torch.cat(edges, dim=-1).flatten(1).median(dim=1).values > 127).double().mean().item()
+
+
 @dataclass(eq=False)
 class Batches:
     """Normalized float batches, created one at a time from images that stay uint8 in memory.
 
-    Iterating yields (images, labels): float32 (B, 1, 28, 28) and int64 (B,).
+    Iterating yields (images, labels): float32 (B, channels, height, width) and int64 (B,).
 
     Attributes
     ----------
     images, labels : Tensor
-        uint8 (N, 28, 28) and int64 (N,).
+        As in `Dataset`.
+    rows : Tensor or None
+        The indices of the images that the batches consist of; None: all of them.
     batch_size : int
         Images per batch; the last batch may be smaller.
-    mean, std : float
-        Of the pixels of the training images, scaled to 0 … 1.
+    mean, std : tuple of float
+        Of the pixels of the training images, per channel, scaled to 0 … 1.
     device : torch.device
         Where the batches are created; the images are moved there once, as bytes.
     training, mirror : bool
@@ -85,29 +132,43 @@ class Batches:
 
     images: Tensor
     labels: Tensor
+    rows: Tensor | None
     batch_size: int
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     device: torch.device
     training: bool = False
     mirror: bool = False
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.device.type != "cpu":  # only what is needed is moved there
+            self.images, self.labels, self.rows = self.images[self.rows], self.labels[self.rows], None
         self.images = self.images.to(self.device)
         self.labels = self.labels.to(self.device)
-        self.batch_size = min(self.batch_size, len(self.labels))
+        self.batch_size = min(self.batch_size, self._number)
+
+    @property
+    def _number(self) -> int:
+        return len(self.labels) if self.rows is None else len(self.rows)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.labels), self.batch_size)
+        full, rest = divmod(self._number, self.batch_size)
         smallest = 2 if self.training else 1
         return full + 1 if rest >= smallest else full
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels)) if self.training else torch.arange(len(self.labels))
+        order = torch.randperm(self._number) if self.training else torch.arange(self._number)
+        if self.rows is not None:
+            order = self.rows[order]
         indices = order.to(self.device).split(self.batch_size)
         for index in indices[: len(self)]:
-            images = self.images[index].unsqueeze(1)
+            images = self.images[index]
+            if images.dim() == 3:
+                images = images.unsqueeze(1)
             if self.mirror:
                 is_mirrored = torch.rand(len(index), 1, 1, 1).to(self.device) < 0.5
                 images = torch.where(is_mirrored, images.flip(-1), images)
-            yield images.float().sub_(255 * self.mean).div_(255 * self.std), self.labels[index]
+            images = images.float()
+            for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+                images[:, channel].sub_(255 * mean).div_(255 * std)
+            yield images, self.labels[index]

@@ -12,7 +12,8 @@ from experiment.settings import TrainingConfig, read_command_line
 from models import ConvolutionalNeuralNetwork
 
 # What is computed
-DATASET = "FashionMNIST"  # or "MNIST", "KMNIST", "Digits" (small, comes with scikit-learn, needs no download)
+DATASET = "FashionMNIST"  # or "MNIST", "KMNIST", "CIFAR10", "Digits" (small, no download), or a folder of pictures
+IMAGE_SHAPE = (1, 28, 28)  # channels (1: grey, 3: colour), height and width that every image is brought to
 FOLDS = 5  # parts of the cross-validation: 2 or more
 EPOCHS = 10  # passes over the training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
 import data_utils
-from data_files import cached_dataset, resolve_path
+from data_files import DEFAULT_SHAPE, cached_dataset, resolve_path
 from data_utils import Batches, pixel_statistics, split
 
 EVALUATION_BATCH_SIZE = 256  # larger batches do not fit into the processor's cache and are slower
@@ -49,6 +49,8 @@ class Fit:
         Builds the network, without arguments.
     dataset, data_dir, data_digest : str
         Which data set, where it is stored, and the digest that it must have.
+    image_shape : tuple of int
+        Channels, height and width of its images.
     held_out_mask : bytes or None
         Which training images to evaluate on, as `data_utils.split` takes it; None for the final fit.
     epochs, batch_size, learning_rate, lr_schedule, mirror, rng_seed
@@ -67,6 +69,7 @@ class Fit:
     dataset: str
     data_dir: str
     data_digest: str
+    image_shape: tuple[int, int, int]
     held_out_mask: bytes | None
     epochs: int
     batch_size: int
@@ -229,12 +232,12 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
     device, precision, seed = torch.device(fit.device), getattr(torch, fit.precision), epoch_seed(fit, epoch)
     with _process_lock, isolated_rng(fit.threads, seed, device):
         _tune_malloc()
-        dataset = cached_dataset(fit.dataset, resolve_path(fit.data_dir), fit.data_digest)
+        dataset = cached_dataset(fit.dataset, resolve_path(fit.data_dir), fit.data_digest, fit.image_shape)
         training_part, evaluation_part = split(dataset, fit.held_out_mask)
-        mean, std = pixel_statistics(training_part[0])
+        mean, std = pixel_statistics(training_part.images, training_part.rows)
         training_batches = Batches(*training_part, fit.batch_size, mean, std, device, training=True, mirror=fit.mirror)
 
-        model = build_network(fit.model_class, device)
+        model = build_network(fit.model_class, device, fit.image_shape)
         seed_generators(seed)  # again, so that the order of the images does not depend on the network
         loss_fn = nn.CrossEntropyLoss()
         optimizer = make_optimizer(model, fit.learning_rate)
@@ -492,10 +495,12 @@ def _describe_bytecode(code: CodeType) -> str:
 # --- What makes training fast. You may skip it: it changes how a network computes, not what it computes ---
 
 
-def build_network(model_class: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def build_network(
+    model_class: Callable[[], nn.Module], device: torch.device, image_shape: tuple[int, int, int] = DEFAULT_SHAPE
+) -> nn.Module:
     """Build a network on a device, with the speed-ups below; its modules and their order stay as they are."""
     model = model_class().to(device)
-    _initialize_lazy_modules(model, device)
+    _initialize_lazy_modules(model, device, image_shape)
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=CHANNELS_LAST)
@@ -506,12 +511,12 @@ def build_network(model_class: Callable[[], nn.Module], device: torch.device) ->
     return model
 
 
-def _initialize_lazy_modules(model: nn.Module, device: torch.device) -> None:
+def _initialize_lazy_modules(model: nn.Module, device: torch.device, image_shape: tuple[int, int, int]) -> None:
     """Evaluate, then train on two empty images: lazy modules get their sizes from the first batch."""
     for training in (False, True):
         if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
             with torch.no_grad():
-                model.train(training)(torch.zeros(2, 1, 28, 28, device=device))
+                model.train(training)(torch.zeros(2, *image_shape, device=device))
 
 
 def _fast_forward(sequential: nn.Sequential, images: Tensor) -> Tensor:

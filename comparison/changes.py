@@ -11,7 +11,8 @@ from itertools import zip_longest
 from comparison.run_reader import FinishedRun, Identity, NetworkRecord, display_path
 from experiment.identity import HYPERPARAMETERS, same_fingerprint
 
-FOLD_SETTINGS = ("dataset", "folds", "rng_seed")  # which images a fold consists of
+FOLD_SETTINGS = ("dataset", "image_shape", "folds", "rng_seed")  # which images a fold consists of
+MAX_CLASSES_SHOWN = 3
 MAX_LAYER_WIDTH = 40  # characters of a layer that was added, removed or replaced
 
 
@@ -156,7 +157,18 @@ def _why_other_images(before: Identity, after: Identity) -> str:
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             return f"{name.upper()} is {new}, not {old}, so their folds consist of different images"
-    return "their folds consist of different images: the data set on disk was another one"
+    return f"their folds consist of different images: the data set on disk was another one{_size_change(before, after)}"
+
+
+def _size_change(before: Identity, after: Identity) -> str:
+    """Return which numbers of training images differ, in parentheses."""
+    old, new = before.class_sizes, after.class_sizes
+    differing = [name for name in old | new if old.get(name, 0) != new.get(name, 0)]
+    if not old or not new or not differing:
+        return ""
+    shown = [f"{name} {old.get(name, 0):,} → {new.get(name, 0):,}" for name in differing[:MAX_CLASSES_SHOWN]]
+    more = f" and {len(differing) - MAX_CLASSES_SHOWN} more classes" if len(differing) > MAX_CLASSES_SHOWN else ""
+    return f" ({sum(new.values()) - sum(old.values()):+,} training images: {', '.join(shown)}{more})"
 
 
 def comparable(before: FinishedRun, after: FinishedRun) -> bool:

@@ -23,11 +23,13 @@ from comparison.run_reader import FinishedRun, Fold, as_run, display_path, read_
 from comparison.statistics import MetricDifference, NoisePrior, compare_metric, correct_together, estimate_prior
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, display_name
+from experiment.identity import has_unequal_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("accuracy", "loss")
+MACRO_F1 = "macro F1"  # a third metric if the classes are of unequal size
 MAX_CHANGES_WIDTH = 220  # characters of the changes, about three lines
 MAX_CLASSES = 3  # classes whose F1 score the text shows
 MIN_F1_CHANGE = 0.0005  # a class whose F1 score changed less is not shown
@@ -42,9 +44,9 @@ class BaselineNoise:
 
     @cached_property
     def metrics(self) -> dict[str, NoisePrior | None]:
-        """The common noise in accuracy and loss; None where there are too few runs."""
+        """The common noise in each metric; None where there are too few runs."""
         priors = {}
-        for metric in METRICS:
+        for metric in _metrics_of(self.baseline):
             priors[metric] = estimate_prior([_metric_values(self.baseline, other, metric) for other in self.others])
         return priors
 
@@ -65,7 +67,7 @@ class PairComparison:
     before, after : FinishedRun
     changes : list of Change
     metrics : dict of str to MetricDifference
-        The differences in accuracy and loss, corrected for being two.
+        The differences in accuracy, loss and, if the classes are of unequal size, macro F1; corrected for their number.
     noise : BaselineNoise
     """
 
@@ -106,7 +108,7 @@ class PairComparison:
         """Return what p and ± are corrected for, and on how many runs the noise is estimated."""
         sentence = describe_noise(self.noise, self.metrics.values())
         if sum(difference.has_interval for difference in self.metrics.values()) > 1:
-            return f"p and ± are corrected for {len(METRICS)} metrics (Holm). {sentence}"
+            return f"p and ± are corrected for {len(self.metrics)} metrics (Holm). {sentence}"
         return sentence
 
     def figure(self) -> "Figure":
@@ -116,7 +118,7 @@ class PairComparison:
         classes = list(self.f1.values())
         class_height = 0.32 * len(classes) + 0.4
         figure = new_figure(9, class_height + 4.4)
-        grid = figure.add_gridspec(2, 2, height_ratios=[1.2, class_height])
+        grid = figure.add_gridspec(2, len(self.metrics), height_ratios=[1.2, class_height])
         for column, difference in enumerate(self.metrics.values()):
             panel = figure.add_subplot(grid[0, column])
             draw_panel(panel, f"{difference.metric}\n{_change(difference)}: {difference.verdict}", [difference], [""])
@@ -183,17 +185,23 @@ def compare_with_baseline(after: FinishedRun, noise: BaselineNoise) -> PairCompa
     if reason is not None:
         raise ConfigurationError(reason)
     differences = []
-    for metric in METRICS:
+    for metric in _metrics_of(before):
         old, new = _metric_values(before, after, metric)
         differences.append(compare_metric(metric, old, new, after.identity.folds, noise.metrics[metric]))
     metrics = {difference.metric: difference for difference in correct_together(differences)}
     return PairComparison(before, after, changes_between(before, after), metrics, noise)
 
 
+def _metrics_of(run: FinishedRun) -> tuple[str, ...]:
+    """Return the metrics by which a run is compared."""
+    return (*METRICS, MACRO_F1) if has_unequal_classes(run.identity.class_sizes) else METRICS
+
+
 def _metric_values(before: FinishedRun, after: FinishedRun, metric: str) -> tuple[list[float], list[float]]:
     """Return a metric in the folds that both runs have."""
     folds = _common_folds(before, after)
-    return [getattr(old, metric) for old, _ in folds], [getattr(new, metric) for _, new in folds]
+    name = "macro_f1" if metric == MACRO_F1 else metric
+    return [getattr(old, name) for old, _ in folds], [getattr(new, name) for _, new in folds]
 
 
 def _f1_values(before: FinishedRun, after: FinishedRun) -> dict[str, tuple[list[float], list[float]]]:
@@ -212,15 +220,16 @@ def _common_folds(before: FinishedRun, after: FinishedRun) -> list[tuple[Fold, F
 
 def describe_noise(noise: BaselineNoise, differences: Iterable[MetricDifference]) -> str:
     """Return on how many runs the noise of some differences is estimated, as a sentence."""
-    runs = dict.fromkeys(METRICS, 2)
+    differences = list(differences)
+    runs = {difference.metric: 2 for difference in differences}
     for difference in differences:
         prior = noise.metrics[difference.metric]
         if prior is not None and difference.is_moderated:
             runs[difference.metric] = prior.comparisons + 1
-    if set(runs.values()) == {2}:
+    if set(runs.values()) <= {2}:
         return "Noise estimated on the 2 runs of each comparison."
     if len(set(runs.values())) == 1:
-        return f"Noise estimated on {runs['accuracy']} runs with these folds."
+        return f"Noise estimated on {next(iter(runs.values()))} runs with these folds."
     by_metric = " and ".join(f"{number} runs ({metric})" for metric, number in runs.items())
     return f"Noise estimated on {by_metric} with these folds."
 

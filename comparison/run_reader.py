@@ -40,6 +40,8 @@ class Identity(_Record):
     """Everything that a run's results depend on, from config.json."""
 
     dataset: str
+    image_shape: tuple[int, int, int] = (1, 28, 28)
+    class_sizes: dict[str, int] = {}
     folds: int
     epochs: int
     batch_size: int
@@ -77,6 +79,12 @@ class Fold(_Record):
         """The F1 score of each class."""
         rows = {name: row for name, row in self.report.items() if not name.endswith(" avg")}
         return {name: row.f1 for name, row in rows.items() if isinstance(row, _ReportRow)}
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean of the F1 scores of all classes."""
+        row = self.report["macro avg"]
+        return row.f1 if isinstance(row, _ReportRow) else row
 
 
 class _Environment(_Record):

@@ -1,11 +1,29 @@
 """What the results of a run depend on, and when two runs compute the same."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # The constants of the entry scripts that say what is computed.
-HYPERPARAMETERS = ("dataset", "folds", "epochs", "batch_size", "learning_rate", "lr_schedule", "mirror", "rng_seed")
+HYPERPARAMETERS = (
+    "dataset",
+    "image_shape",
+    "folds",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "lr_schedule",
+    "mirror",
+    "rng_seed",
+)
+UNEQUAL_CLASSES = 2  # ratio of the largest class to the smallest above which accuracy alone misleads
 FINGERPRINT_TOLERANCE = 1e-3  # two types of CPU differ by a few parts in a million
 NEGLIGIBLE_GRADIENT = 1e-6  # of the largest: rounding errors, as of a bias before batch norm
+
+
+def has_unequal_classes(class_sizes: Mapping[str, float]) -> bool:
+    """Return whether macro F1 is shown beside the accuracy, given the number of training images of each class."""
+    sizes = [size for size in class_sizes.values() if size]
+    return bool(sizes) and max(sizes) > UNEQUAL_CLASSES * min(sizes)
 
 
 def same_identity(one: dict[str, Any], other: dict[str, Any]) -> bool:

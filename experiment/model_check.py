@@ -1,6 +1,7 @@
 """The check of the user's network before training, and the record that tells it apart from other networks."""
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_files import DEFAULT_SHAPE, ImageShape
 from experiment.errors import ConfigurationError, end_traceback_at_user_code
 from experiment.identity import same_fingerprint
 from experiment.terminal import warn
 from train_utils import build_network, isolated_rng, make_optimizer, seed_generators, train_loop
 
-CLASSES = 10
 FINGERPRINT_IMAGES = 4
 FINGERPRINT_SEED = 0
 CPU = torch.device("cpu")
@@ -49,7 +50,14 @@ class ModelSummary:
         return asdict(self)
 
 
-def check_model(model_class: Callable[[], nn.Module], device: str, precision: str) -> ModelSummary:
+def check_model(
+    model_class: Callable[[], nn.Module],
+    device: str,
+    precision: str,
+    image_shape: ImageShape = DEFAULT_SHAPE,
+    classes: int = 10,
+    dataset: str = "the data set",
+) -> ModelSummary:
     """Build a network twice, train it for one step, evaluate it, and describe it.
 
     Parameters
@@ -58,28 +66,39 @@ def check_model(model_class: Callable[[], nn.Module], device: str, precision: st
         Returns the network; takes no arguments.
     device, precision : str
         Where and in what the training step is computed.
+    image_shape : tuple of int
+        Channels, height and width of the images.
+    classes : int
+        The number of classes of the data set.
+    dataset : str
+        What messages call the data set.
 
     Raises
     ------
     ConfigurationError
-        If it shares parameters with a second network that is built, does not return logits (N, 10), or has no trainable
-        parameters.
+        If it shares parameters with a second network that is built, does not return logits (N, C), C at least the
+        number of classes, or has no trainable parameters.
     Exception
         What the network itself raises, with the user's own line as the last one of the traceback.
     """
+    check_logits = functools.partial(_check_logits, classes=classes, dataset=dataset)
     try:
         with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
-            first = build_network(model_class, CPU)
+            first = build_network(model_class, CPU, image_shape)
             name = type(first).__name__
-            outputs = _fingerprint_outputs(first)
+            outputs = _fingerprint_outputs(first, image_shape)
             for logits in outputs:
-                _check_logits(first, logits, FINGERPRINT_IMAGES)
-            second = build_network(model_class, CPU)
+                check_logits(first, logits, FINGERPRINT_IMAGES)
+            second = build_network(model_class, CPU, image_shape)
             _check_parameters(name, first, second)
             _check_gradient(first, outputs[0])
-            fingerprint = _fingerprint(first, outputs)
-            _train_and_evaluate(second.to(device), torch.device(device), getattr(torch, precision))
+            fingerprint = _fingerprint(first, outputs, image_shape)
+            train_device, dtype = torch.device(device), getattr(torch, precision)
+            _train_and_evaluate(second.to(train_device), train_device, dtype, image_shape, check_logits)
+    except ConfigurationError:
+        raise
     except Exception as error:  # whatever the network raises
+        error.add_note(f"The images have the shape (N, {', '.join(map(str, image_shape))}), which IMAGE_SHAPE sets.")
         end_traceback_at_user_code(error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
         raise
     _warn_of_probabilities(name, outputs[1])
@@ -87,11 +106,13 @@ def check_model(model_class: Callable[[], nn.Module], device: str, precision: st
     return ModelSummary(name, _printed(first), parameters, fingerprint)
 
 
-def is_same_network(recorded: dict[str, Any], model_class: Callable[[], nn.Module]) -> bool:
+def is_same_network(
+    recorded: dict[str, Any], model_class: Callable[[], nn.Module], image_shape: ImageShape = DEFAULT_SHAPE
+) -> bool:
     """Return whether a class builds the network that was recorded in config.json; it may have another name."""
     with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, CPU):
-        network = build_network(model_class, CPU)
-        fingerprint = _fingerprint(network, _fingerprint_outputs(network))
+        network = build_network(model_class, CPU, image_shape)
+        fingerprint = _fingerprint(network, _fingerprint_outputs(network, image_shape), image_shape)
     same_structure = recorded["printed"].partition("(")[2] == _printed(network).partition("(")[2]
     return same_structure and same_fingerprint(recorded["fingerprint"], fingerprint)
 
@@ -121,14 +142,19 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
         ) from None
 
 
-def _check_logits(network: nn.Module, logits: Any, images: int) -> None:
-    """Raise unless a network returned logits (N, 10) for that number of images."""
+def _check_logits(network: nn.Module, logits: Any, images: int, classes: int, dataset: str) -> None:
+    """Raise unless a network returned logits for that number of images, at least one per class."""
     name = type(network).__name__
     if not isinstance(logits, Tensor):
-        raise ConfigurationError(f"{name} must return logits (N, {CLASSES}), got {type(logits).__name__}")
-    if logits.shape != (images, CLASSES):
+        raise ConfigurationError(f"{name} must return logits (N, {classes}), got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != images:
         advice = " for a single image: is there a squeeze()?" if images == 1 else ""
-        raise ConfigurationError(f"{name} must return logits (N, {CLASSES}), got {tuple(logits.shape)}{advice}")
+        raise ConfigurationError(f"{name} must return logits (N, {classes}), got {tuple(logits.shape)}{advice}")
+    if logits.shape[1] < classes:
+        returned = "1 logit" if logits.shape[1] == 1 else f"{logits.shape[1]} logits"
+        raise ConfigurationError(
+            f"{name} returns {returned}, but {dataset} has {classes} classes: let the last Linear return {classes}"
+        )
 
 
 def _check_gradient(network: nn.Module, logits: Tensor) -> None:
@@ -154,12 +180,19 @@ def _check_parameters(name: str, first: nn.Module, second: nn.Module) -> None:
         )
 
 
-def _train_and_evaluate(network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+def _train_and_evaluate(
+    network: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    image_shape: ImageShape,
+    check_logits: Callable[[nn.Module, Any, int], None],
+) -> None:
     """Take one training step on two images and evaluate one image, as the last batch may have only one."""
-    images, labels = _random_images(2).to(device), torch.zeros(2, dtype=torch.int64, device=device)
+    images = _random_images(2, image_shape).to(device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         logits = network.train()(images)
-    _check_logits(network, logits, len(images))
+    check_logits(network, logits, len(images))
     nn.CrossEntropyLoss()(logits.float(), labels).backward()
     make_optimizer(network, learning_rate=1e-3).step()
     # Batch norm without running statistics cannot evaluate a single image and raises a ValueError.
@@ -167,7 +200,7 @@ def _train_and_evaluate(network: nn.Module, device: torch.device, precision: tor
     with torch.no_grad(), contextlib.suppress(ValueError):
         single = network.eval()(images[:1])
     if single is not None:
-        _check_logits(network, single, 1)
+        check_logits(network, single, 1)
 
 
 def _warn_of_probabilities(name: str, outputs: Tensor) -> None:
@@ -182,16 +215,16 @@ def _printed(network: nn.Module) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(network))
 
 
-def _fingerprint_outputs(network: nn.Module) -> list[Tensor]:
+def _fingerprint_outputs(network: nn.Module, image_shape: ImageShape) -> list[Tensor]:
     """Return what a network returns for the fixed images in training mode, then in evaluation mode."""
-    return [network.train(training)(_random_images(FINGERPRINT_IMAGES)) for training in (True, False)]
+    return [network.train(training)(_random_images(FINGERPRINT_IMAGES, image_shape)) for training in (True, False)]
 
 
-def _fingerprint(network: nn.Module, outputs: list[Tensor]) -> dict[str, list[float]]:
+def _fingerprint(network: nn.Module, outputs: list[Tensor], image_shape: ImageShape) -> dict[str, list[float]]:
     """Return the logits, and the norm of each parameter's gradient in training mode."""
     seed_generators(FINGERPRINT_SEED)  # whatever was drawn since the network was built
-    logits = network.train()(_random_images(FINGERPRINT_IMAGES))
-    nn.CrossEntropyLoss()(logits, torch.arange(FINGERPRINT_IMAGES) % CLASSES).backward()
+    logits = network.train()(_random_images(FINGERPRINT_IMAGES, image_shape))
+    nn.CrossEntropyLoss()(logits, torch.arange(FINGERPRINT_IMAGES) % logits.shape[1]).backward()
     gradients = [0.0 if each.grad is None else float(each.grad.norm()) for each in network.parameters()]
     return {
         "logits": _to_floats(torch.cat(outputs).detach().flatten()),
@@ -204,5 +237,5 @@ def _to_floats(values: Tensor) -> list[float]:
     return [float(f"{value:.7g}") for value in finite.tolist()]
 
 
-def _random_images(count: int) -> Tensor:
-    return torch.randn(count, 1, 28, 28, generator=torch.Generator().manual_seed(FINGERPRINT_SEED))
+def _random_images(count: int, image_shape: ImageShape) -> Tensor:
+    return torch.randn(count, *image_shape, generator=torch.Generator().manual_seed(FINGERPRINT_SEED))

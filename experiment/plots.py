@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from experiment.errors import nonfatal
 from experiment.formatting import display_name
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from experiment.predictions import DoubtfulLabel
-    from experiment.results import ExperimentResult, FitResult, History, Mistake
+    from experiment.results import ExperimentResult, FitResult, History
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
 LOG_SCALE_RATIO = 20  # ratio of the largest to the smallest loss above which the axis is logarithmic
@@ -44,9 +44,9 @@ def make_figures(result: ExperimentResult) -> dict[str, Figure]:
     if result.final:
         figures["per_class.png"] = _draw_f1_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
-        figures["mistakes.png"] = _draw_mistakes(result.mistakes)
+        figures["mistakes.png"] = _draw_mistakes(result)
     if result.folds:
-        figures["labels_to_check.png"] = _draw_doubtful_labels(result.doubtful_labels)
+        figures["labels_to_check.png"] = _draw_doubtful_labels(result)
     return figures
 
 
@@ -169,7 +169,8 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     counts = np.array(final.confusion)
     images_per_class = counts.sum(1, keepdims=True).clip(min=1)  # 1 avoids 0/0 for a class without test images
     percentages = 100 * counts / images_per_class
-    figure = new_figure(10, 9)
+    size = max(9, 0.4 * len(counts))
+    figure = new_figure(size + 1, size)
     panel = figure.subplots()
     image = panel.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
     for (row, column), count in np.ndenumerate(counts):
@@ -187,25 +188,36 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     return figure
 
 
-def _draw_mistakes(mistakes: list[Mistake]) -> Figure:
-    title = "Most confident mistakes on the test images" if mistakes else "No mistakes on the test images"
+def _draw_mistakes(result: ExperimentResult) -> Figure:
+    title = "Most confident mistakes on the test images" if result.mistakes else "No mistakes on the test images"
     captions = []
-    for mistake in mistakes:
+    for mistake in result.mistakes:
         true, predicted = display_name(mistake.true), display_name(mistake.predicted)
         captions.append(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)")
-    return _draw_gallery(title, [mistake.image for mistake in mistakes], captions)
+    images = [displayed_pixels(mistake.image, result.is_light_on_dark) for mistake in result.mistakes]
+    return _draw_gallery(title, images, captions)
 
 
-def _draw_doubtful_labels(doubtful_labels: list[DoubtfulLabel]) -> Figure:
-    title = "Training images whose label is least probable, out of fold" if doubtful_labels else "No label is in doubt"
+def _draw_doubtful_labels(result: ExperimentResult) -> Figure:
+    title = "No label is in doubt"
+    if result.doubtful_labels:
+        title = "Training images whose label is least probable, out of fold"
     captions = []
-    for doubtful in doubtful_labels:
+    for doubtful in result.doubtful_labels:
         label, predicted = display_name(doubtful.label), display_name(doubtful.predicted)
         captions.append(f"{doubtful.name}\nlabel: {label} ({100 * doubtful.probability:.2g} %)\npredicted: {predicted}")
-    return _draw_gallery(title, [doubtful.image for doubtful in doubtful_labels], captions)
+    images = [displayed_pixels(doubtful.image, result.is_light_on_dark) for doubtful in result.doubtful_labels]
+    return _draw_gallery(title, images, captions)
 
 
-def _draw_gallery(title: str, images: list[Tensor], captions: list[str]) -> Figure:
+def displayed_pixels(image: Tensor, is_light_on_dark: bool) -> npt.NDArray[np.uint8]:
+    """Return a picture of a data set as people see it: height × width × 3, or height × width and dark on light."""
+    if image.dim() == 3:
+        return image.permute(1, 2, 0).numpy()
+    return 255 - image.numpy() if is_light_on_dark else image.numpy()
+
+
+def _draw_gallery(title: str, images: list[npt.NDArray[np.uint8]], captions: list[str]) -> Figure:
     columns = 6
     rows = max(1, -(-len(images) // columns))  # rounded up
     figure = new_figure(11, 0.8 + 2.3 * rows)
@@ -214,6 +226,6 @@ def _draw_gallery(title: str, images: list[Tensor], captions: list[str]) -> Figu
     for panel in panels:
         panel.set_axis_off()
     for panel, image, caption in zip(figure.axes, images, captions, strict=False):
-        panel.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255)
+        panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         panel.set_title(caption, fontsize=8)
     return figure

@@ -134,7 +134,7 @@ def _cell(text: str) -> str:
 
 def class_name(names: list[str], label: int) -> str:
     """Return the name of a class; a network may have more logits than the data set has classes."""
-    return names[label] if label < len(names) else f"logit {label}"
+    return names[label] if label < len(names) else f"no class (logit {label})"
 
 
 def find_doubtful_labels(predictions: list[Predictions], dataset: Dataset) -> list[DoubtfulLabel]:

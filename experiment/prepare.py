@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -16,16 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_files import load_dataset, resolve_path
-from data_utils import Dataset, pixel_statistics
+from data_files import CLASS_NAMES, class_names_of, dataset_label, find_pictures, load_dataset, resolve_path
+from data_utils import Dataset, light_background_share, pixel_statistics
 from experiment.errors import ConfigurationError, RunError
 from experiment.executors import WorkerDiedError, external_name, pickle_by_value, submit, uses_other_processes
 from experiment.formatting import wrap
-from experiment.identity import HYPERPARAMETERS
+from experiment.identity import HYPERPARAMETERS, has_unequal_classes
 from experiment.model_check import ModelSummary, check_callable, check_model
 from experiment.resources import Resources, resolve_resources
 from experiment.settings import TrainingConfig
-from experiment.terminal import print_line
+from experiment.terminal import print_line, warn
 from experiment.wandb_key import WandbAccess, resolve_wandb_access
 from train_utils import Fit, RemoteError, call_safely, code_digest, code_digests
 
@@ -66,9 +67,15 @@ class Experiment:
 
     @property
     def config_record(self) -> dict[str, Any]:
-        """The settings and the identity for config.json, and the normalization of pictures for `classify`."""
-        mean, std = pixel_statistics(self.dataset.train_images)
-        normalization = {"mean": mean, "std": std, "class_names": self.dataset.class_names}
+        """The settings and the identity for config.json, and what `classify` needs to know of the training images."""
+        images = self.dataset.train_images
+        mean, std = pixel_statistics(images)
+        normalization = {
+            "mean": mean,
+            "std": std,
+            "class_names": self.dataset.class_names,
+            "light_backgrounds": light_background_share(images),
+        }
         return self.config.to_dict() | {"normalization": normalization, "identity": self.identity}
 
     @property
@@ -95,15 +102,16 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
     check_callable(model_class)
     factory = _sendable(model_class) if uses_other_processes(pool) else model_class
     remote_digests = submit(pool, call_safely, code_digests)
+    classes = len(class_names_of(config.dataset))
     if executor_name is None:
-        resources, model = _resolve_and_check(model_class, config)
+        resources, model = _resolve_and_check(model_class, config, classes)
     else:
         try:
-            resources, model = _result_of(submit(pool, call_safely, _resolve_and_check, factory, config))
+            resources, model = _result_of(submit(pool, call_safely, _resolve_and_check, factory, config, classes))
         except RunError:  # the workers have only the files that training needs
-            resources, model = _resolve_and_check(model_class, config)
+            resources, model = _resolve_and_check(model_class, config, classes)
     print_line(wrap(_describe_plan(config, resources, executor_name, model)))
-    dataset = load_dataset(config.dataset, resolve_path(config.data_dir))
+    dataset = _load_and_describe(config)
     fits = make_fits(config, resources, factory, dataset)
     with suppress(WorkerDiedError):  # a worker that dies costs no run: each epoch checks its code again
         _compare_code(_result_of(remote_digests))
@@ -114,17 +122,46 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
         model=model,
         dataset=dataset,
         fits=fits,
-        identity=make_identity(config, resources, fits, model),
+        identity=make_identity(config, resources, fits, model, dataset),
         environment=_describe_environment(resources, executor_name),
         wandb=wandb,
         started=started,
     )
 
 
-def _resolve_and_check(model_class: Callable[[], nn.Module], config: TrainingConfig) -> tuple[Resources, ModelSummary]:
+def _resolve_and_check(
+    model_class: Callable[[], nn.Module], config: TrainingConfig, classes: int
+) -> tuple[Resources, ModelSummary]:
     """Resolve the resources and check the network, in the process that trains or whose workers do."""
     resources = resolve_resources(config)
-    return resources, check_model(model_class, resources.device, resources.precision)
+    label = dataset_label(config.dataset)
+    summary = check_model(model_class, resources.device, resources.precision, config.image_shape, classes, label)
+    return resources, summary
+
+
+def _load_and_describe(config: TrainingConfig) -> Dataset:
+    """Load the data set; of a folder of pictures, print what it contains."""
+    data_dir = resolve_path(config.data_dir)
+    if config.dataset in CLASS_NAMES:
+        return load_dataset(config.dataset, data_dir, config.image_shape)
+    pictures = find_pictures(config.dataset)
+    counts = Counter(pictures.class_names[label] for _, label in pictures.train)
+    print_line(wrap(pictures.describe(config.image_shape) + _describe_unequal_classes(counts)))
+    dataset = load_dataset(config.dataset, data_dir, config.image_shape)
+    for note in dataset.notes:
+        warn(wrap(note))
+    return dataset
+
+
+def _describe_unequal_classes(counts: Counter[str]) -> str:
+    """Return a sentence on the training images of the largest and the smallest class, if these differ much."""
+    if not has_unequal_classes(counts):
+        return ""
+    (largest, most), *_, (smallest, fewest) = counts.most_common()
+    return (
+        f" {largest} has {most / fewest:.1f} times the training images of {smallest}, so macro F1, in which all "
+        "classes count the same, is shown beside the accuracy."
+    )
 
 
 def _result_of(future: Future[Any]) -> Any:
@@ -198,9 +235,10 @@ def make_fits(
         name="final",
         number=0,
         model_class=model_class,
-        dataset=config.dataset,
+        dataset=str(config.dataset),
         data_dir=str(config.data_dir),
         data_digest=dataset.digest(),
+        image_shape=config.image_shape,
         held_out_mask=None,
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -254,9 +292,14 @@ def _check_steps(config: TrainingConfig, images: int) -> None:
         )
 
 
-def make_identity(config: TrainingConfig, resources: Resources, fits: list[Fit], model: ModelSummary) -> dict[str, Any]:
+def make_identity(
+    config: TrainingConfig, resources: Resources, fits: list[Fit], model: ModelSummary, dataset: Dataset
+) -> dict[str, Any]:
     """Return everything that the results of a run depend on, for config.json."""
-    return {name: getattr(config, name) for name in HYPERPARAMETERS} | {
+    settings = config.to_dict()
+    counts = torch.bincount(dataset.train_labels, minlength=len(dataset.class_names)).tolist()
+    return {name: settings[name] for name in HYPERPARAMETERS} | {
+        "class_sizes": dict(zip(dataset.class_names, counts, strict=True)),
         "device": resources.device,
         "precision": resources.precision,
         "threads": resources.threads,
@@ -278,9 +321,10 @@ def _digest_of_folds(fits: list[Fit]) -> str:
 def _describe_plan(config: TrainingConfig, resources: Resources, executor_name: str | None, model: ModelSummary) -> str:
     """Return in one sentence what will be trained."""
     where = f"by {executor_name}" if executor_name else f"{resources.workers} at a time"
+    dataset = dataset_label(config.dataset)
     epochs = "epoch" if config.epochs == 1 else "epochs"
     return (
-        f"{model.name}, {model.parameters:,} parameters, on {config.dataset}: {config.folds} folds and a final fit, "
+        f"{model.name}, {model.parameters:,} parameters, on {dataset}: {config.folds} folds and a final fit, "
         f"{config.epochs} {epochs} each, on {resources.device} in {resources.precision}, {where}."
     )
 

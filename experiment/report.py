@@ -82,11 +82,13 @@ def _how_to_repeat(result: ExperimentResult, network_name: str) -> list[str]:
     """
     values = {name: result.config[name] for name in HYPERPARAMETERS}
     values |= {name: result.environment[name] for name in ("device", "precision")}
+    values["image_shape"] = tuple(values["image_shape"])
     script = _script_name(network_name)
     if script is None:
         constants = [f"{name.upper()} = {value!r}" for name, value in values.items()]
         return [f"To repeat this run, train {network_name} with these constants:", _code_block("\n".join(constants))]
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    values["image_shape"] = "x".join(map(str, values["image_shape"]))
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in values.items()]
     return ["To repeat this run:", _code_block(" ".join(["python", script, *options]))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from experiment.predictions import DoubtfulLabel, Predictions, collect_predictions, find_doubtful_labels
+from data_utils import light_background_share
+from experiment.identity import has_unequal_classes
+from experiment.predictions import (
+    DoubtfulLabel,
+    Predictions,
+    class_name,
+    collect_predictions,
+    find_doubtful_labels,
+)
 from train_utils import compute_accuracy
 
 if TYPE_CHECKING:
@@ -58,7 +67,7 @@ class FitResult:
 
 @dataclass
 class Mistake:
-    """A test image (uint8, 28×28) that the final network classified wrongly, and the probability it gave."""
+    """A test image (uint8, as in `Dataset`) that the final network classified wrongly, and the probability it gave."""
 
     image: Tensor
     true: str
@@ -85,6 +94,8 @@ class ExperimentResult:
         Of each fold, then for the test images; without the fits that diverged.
     doubtful_labels : list of DoubtfulLabel
         Of training images, the least probable label first.
+    is_light_on_dark : bool
+        Whether the background of most training images is dark.
     environment : dict
         Time, machine, versions and W&B's ids.
     run_dir : Path
@@ -97,6 +108,7 @@ class ExperimentResult:
     mistakes: list[Mistake]
     predictions: list[Predictions]
     doubtful_labels: list[DoubtfulLabel]
+    is_light_on_dark: bool
     environment: dict[str, Any]
     run_dir: Path
 
@@ -113,6 +125,14 @@ class ExperimentResult:
         }
         means = {f"{name}_mean": statistics.fmean(per_fold) for name, per_fold in values.items()}
         return means | {f"{name}_std": statistics.stdev(per_fold) for name, per_fold in values.items()}
+
+    @property
+    def has_unequal_classes(self) -> bool:
+        """Whether macro F1 is shown beside the accuracy."""
+        sizes: Counter[str] = Counter()
+        for fold in self.folds:
+            sizes.update({name: fold.report[name]["support"] for name in fold.classes})
+        return has_unequal_classes(sizes)
 
     def __repr__(self) -> str:
         """Return three lines: the run directory, the test's metrics and those of the folds."""
@@ -162,6 +182,7 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
         mistakes=mistakes,
         predictions=predictions,
         doubtful_labels=find_doubtful_labels(predictions, dataset),
+        is_light_on_dark=light_background_share(dataset.train_images) < 0.5,
         environment=experiment.environment | {"seconds": seconds, "resumed": folder.resumed},
         run_dir=folder.path,
     )
@@ -202,6 +223,6 @@ def _find_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_
     most_confident_first = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     mistakes = []
     for i in most_confident_first[:MAX_MISTAKES].tolist():
-        true, predicted = class_names[labels[i]], class_names[predictions[i]]
+        true, predicted = class_names[labels[i]], class_name(class_names, int(predictions[i]))
         mistakes.append(Mistake(images[i], true, predicted, confidence[i].item()))
     return mistakes

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from data_files import resolve_path
+from data_files import dataset_label, resolve_path
 from experiment.errors import RunError, nonfatal
 from experiment.files import relative_to_cwd, to_json, write_atomically
 from experiment.identity import same_identity
@@ -44,7 +44,7 @@ class RunDirectory:
 
     def __init__(self, experiment: Experiment) -> None:
         runs_dir = resolve_path(experiment.config.runs_dir)
-        stem = re.sub(r"[^\w.\[\]()-]+", "_", f"{experiment.model.name}-{experiment.config.dataset}")
+        stem = re.sub(r"[^\w.\[\]()-]+", "_", f"{experiment.model.name}-{dataset_label(experiment.config.dataset)}")
         self.wandb_id = uuid.uuid4().hex[:8]
         try:
             runs_dir.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
-from pydantic import AfterValidator, Field, Strict, StrictInt
+from pydantic import AfterValidator, Field, PlainValidator, Strict, StrictInt
 from pydantic_core import PydanticCustomError
 
+from data_files import CLASS_NAMES, resolve_path
 from experiment.errors import ConfigurationError, user_errors
 from experiment.wandb_sweep import sweep_parameters
 
+MAX_SIDE = 4096  # pixels of an image
 MAX_SHOWN = 80  # characters of a bad value in a message
 LOOKS_LIKE_KEY = r"[A-Za-z0-9_-]{40,}"  # a W&B API key, which no message may contain
 
@@ -35,8 +37,38 @@ def _refuse_key(path: str | Path) -> str | Path:
     return path
 
 
+def _check_dataset(dataset: str | Path) -> str | Path:
+    if dataset in CLASS_NAMES:
+        return dataset
+    _check_path(dataset)
+    try:
+        is_folder = resolve_path(dataset).is_dir()
+    except OSError:  # a path that is too long
+        is_folder = False
+    if not is_folder:
+        raise ValueError
+    return dataset
+
+
+def _check_image_shape(value: Any) -> tuple[int, int, int]:
+    """Return an image shape as a tuple, also if it is a list, or a string such as ``3x64x64``."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5}){2}", value):
+        value = [int(number) for number in value.split("x")]
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or any(type(each) is not int for each in value):
+        raise ValueError
+    channels, height, width = value
+    if channels not in (1, 3) or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError
+    return channels, height, width
+
+
 StrOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
 PathSetting = Annotated[StrOrPath, Field(description="a path"), AfterValidator(_check_path)]
+ImageShapeSetting = Annotated[
+    tuple[int, int, int],
+    PlainValidator(_check_image_shape),
+    Field(description="(channels, height, width), 1 or 3 channels, such as (1, 28, 28) or (3, 64, 64)"),
+]
 
 
 @pydantic.dataclasses.dataclass(
@@ -52,9 +84,10 @@ class TrainingConfig:
         what it is.
     """
 
-    dataset: Literal["MNIST", "FashionMNIST", "KMNIST", "Digits"] = Field(
-        description='"MNIST", "FashionMNIST", "KMNIST" or "Digits"'
+    dataset: Annotated[StrOrPath, AfterValidator(_check_dataset)] = Field(
+        description=", ".join(f'"{name}"' for name in CLASS_NAMES) + " or the path of a folder of pictures"
     )
+    image_shape: ImageShapeSetting
     folds: StrictInt = Field(ge=2, description="an integer of at least 2")
     epochs: StrictInt = Field(ge=1, description="an integer of at least 1")
     batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
@@ -114,6 +147,8 @@ class TrainingConfig:
         for name, value in settings.items():
             if isinstance(value, (str, Path)):
                 settings[name] = _to_utf8(value)
+            elif isinstance(value, tuple):
+                settings[name] = list(value)
         return settings
 
 
@@ -183,7 +218,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse_value(name: str, string: str) -> Any:
     """Return the value of an option: a string if the setting is a string or path, else a Python literal."""
-    if config_fields()[name].annotation in (str, StrOrPath):
+    if config_fields()[name].annotation in (str, StrOrPath) or re.fullmatch(r"\d+x\d+x\d+", string):
         return string
     if string.lower() in ("true", "false"):
         return string.lower() == "true"

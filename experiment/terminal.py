@@ -178,12 +178,18 @@ def folds_table(result: ExperimentResult) -> str:
         return "Cross-validation: all folds diverged"
     lines = ["Cross-validation", "  fold      accuracy     loss"]
     lines += [f"  {fold.name:<10}{fold.accuracy:>8.4f}{fold.loss:>9.4f}" for fold in result.folds]
+    if result.has_unequal_classes:
+        lines[1] += "   macro F1"
+        for number, fold in enumerate(result.folds, start=2):
+            lines[number] += f"{fold.report['macro avg']['f1-score']:>11.4f}"
     summary = result.cross_validation
     if summary:
         lines.append(
             f"  accuracy {summary['accuracy_mean']:.4f} ± {summary['accuracy_std']:.4f} · "
             f"loss {summary['loss_mean']:.4f} ± {summary['loss_std']:.4f} (mean ± standard deviation)"
         )
+        if result.has_unequal_classes:
+            lines.append(f"  macro F1 {summary['macro_f1_mean']:.4f} ± {summary['macro_f1_std']:.4f}")
     return "\n".join(lines)
 
 

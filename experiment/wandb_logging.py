@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.files import relative_to_cwd
+from experiment.plots import displayed_pixels
 from experiment.results import ExperimentResult, FitResult
 from experiment.run_directory import RunDirectory
 from experiment.terminal import print_line, warn
@@ -347,11 +348,11 @@ def _log_images_and_model(run: wandb.Run, result: ExperimentResult, final: FitRe
 
     mistakes = wandb.Table(columns=["image", "true class", "predicted class", "probability"])
     for mistake in result.mistakes:
-        image = wandb.Image(255 - mistake.image.numpy())
+        image = wandb.Image(displayed_pixels(mistake.image, result.is_light_on_dark))
         mistakes.add_data(image, mistake.true, mistake.predicted, mistake.probability)
     to_check = wandb.Table(columns=["image", "index", "label", "predicted class", "probability of the label"])
     for doubtful in result.doubtful_labels:
-        image = wandb.Image(255 - doubtful.image.numpy())
+        image = wandb.Image(displayed_pixels(doubtful.image, result.is_light_on_dark))
         to_check.add_data(image, doubtful.name, doubtful.label, doubtful.predicted, doubtful.probability)
     figures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(result.run_dir.glob("*.png"))}
     run.log({"mistakes": mistakes, "labels_to_check": to_check} | figures)

@@ -54,6 +54,7 @@ HISTORIES: dict[str, list[dict[str, float]]] = {
 }
 CONFIG: dict[str, Any] = {
     "dataset": "FashionMNIST",
+    "image_shape": [1, 28, 28],
     "folds": 2,
     "epochs": 2,
     "batch_size": 64,

@@ -12,7 +12,7 @@ import torch
 from conftest import DATA_DIR, REPOSITORY, start_python
 from PIL import Image
 
-from classify import has_light_background, load_network, main, read_picture
+from classify import background_advice, load_network, main, read_picture
 from comparison.run_reader import read_run
 from data_files import load_dataset
 from experiment.errors import ConfigurationError
@@ -156,7 +156,7 @@ def test_picture_with_a_light_background_costs_one_line(command: Command) -> Non
 
 
 def test_no_test_image_has_a_light_background() -> None:
-    assert not any(map(has_light_background, DIGITS))
+    assert not any(background_advice(image, 0.0, inverted=False) for image in DIGITS)
 
 
 def truncated_png() -> bytes:

@@ -63,7 +63,7 @@ def test_class_name_that_begins_like_a_formula_gets_an_apostrophe(name: str, res
 def test_prediction_of_a_logit_without_a_class_is_named() -> None:
     part = Predictions("test", torch.arange(1), torch.tensor([0]), torch.tensor([[0.1, 0.2, 0.7]]))
     row = read(predictions_csv([part], ["cat", "dog"]))[0]
-    assert row["prediction"] == "logit 2" and list(row)[5:] == ["p(cat)", "p(dog)"]
+    assert row["prediction"] == "no class (logit 2)" and list(row)[5:] == ["p(cat)", "p(dog)"]
 
 
 def test_fit_that_diverged_has_no_rows() -> None:

@@ -14,6 +14,7 @@ from conftest import DATA_DIR, SMALL, make_fit
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+import data_utils
 import main_tutorial
 from data_files import load_dataset
 from data_utils import Dataset, split
@@ -62,7 +63,12 @@ def fits_on(dataset: Dataset, **constants: Any) -> list[Fit]:
 def splits(dataset: Dataset, folds: int, seed: int = 7) -> list[tuple[Part, Part]]:
     """Return the images and labels that each fold trains on, and those that it is evaluated on."""
     fits = fits_on(dataset, FOLDS=folds, RNG_SEED=seed)
-    return [split(dataset, fit.held_out_mask) for fit in fits if fit.name != "final"]
+    parts = [split(dataset, fit.held_out_mask) for fit in fits if fit.name != "final"]
+    return [(chosen(training), chosen(evaluation)) for training, evaluation in parts]
+
+
+def chosen(part: data_utils.Part) -> Part:
+    return part.images[part.rows], part.labels[part.rows]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,7 @@ def test_every_fit_has_the_settings_of_the_run() -> None:
     expected = {name: value for name, value in SETTINGS.items() if name != "folds"}
     expected |= {"model_class": NeuralNetwork, "data_dir": "/data", "data_digest": dataset.digest()}
     expected |= {"device": "cuda", "precision": "bfloat16", "threads": 5, "code_digest": code_digest()}
+    expected["image_shape"] = (1, 28, 28)
     for fit in fits:
         own = {"name": fit.name, "number": fit.number, "held_out_mask": fit.held_out_mask}
         assert asdict(fit) == expected | own
@@ -113,7 +120,7 @@ def test_folds_are_those_of_scikit_learn(digits: Dataset) -> None:
 
 
 def test_the_final_fit_trains_on_all_training_images_and_is_evaluated_on_the_test_images(digits: Dataset) -> None:
-    (images, _), (test_images, _) = split(digits, make_fit(name="final").held_out_mask)
+    (images, _, _), (test_images, _, _) = split(digits, make_fit(name="final").held_out_mask)
     assert images is digits.train_images and test_images is digits.test_images
 
 
@@ -154,7 +161,7 @@ MODEL = ModelSummary("Network", "Network()", 12, {"logits": [0.5], "gradients": 
 def identity_on(dataset: Dataset, **constants: Any) -> dict[str, Any]:
     config = make_settings_config(**constants)
     fits = make_fits(config, RESOURCES, NeuralNetwork, dataset)
-    return make_identity(config, RESOURCES, fits, MODEL)
+    return make_identity(config, RESOURCES, fits, MODEL, dataset)
 
 
 def test_the_identity_is_everything_that_the_results_depend_on() -> None:
@@ -168,6 +175,8 @@ def test_the_identity_is_everything_that_the_results_depend_on() -> None:
         "threads": 5,
         "torch": torch.__version__,
         "network": network,
+        "image_shape": [1, 28, 28],
+        "class_sizes": {"a": 4, "b": 4, "c": 4},
     }
     expected["code"] = code_digests()
     assert identity == SETTINGS | expected

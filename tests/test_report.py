@@ -40,8 +40,8 @@ def test_report_begins_with_name_and_summary(result: ExperimentResult) -> None:
 
 def test_report_has_the_command_that_repeats_the_run_with_every_hyperparameter(result: ExperimentResult) -> None:
     command = (
-        "python main_tutorial.py --dataset FashionMNIST --folds 2 --epochs 2 --batch-size 64 --learning-rate 0.001 "
-        "--lr-schedule cosine --mirror True --rng-seed 314 --device cpu --precision bfloat16"
+        "python main_tutorial.py --dataset FashionMNIST --image-shape 1x28x28 --folds 2 --epochs 2 --batch-size 64 "
+        "--learning-rate 0.001 --lr-schedule cosine --mirror True --rng-seed 314 --device cpu --precision bfloat16"
     )
     assert f"To repeat this run:\n\n```\n{command}\n```\n" in make_report(result)
 
@@ -66,6 +66,7 @@ def test_run_of_a_users_own_network_is_repeated_with_constants(result: Experimen
     assert sentence == "To repeat this run, train Own with these constants:"
     assert constants.splitlines()[1:-1] == [
         "DATASET = 'FashionMNIST'",
+        "IMAGE_SHAPE = (1, 28, 28)",
         "FOLDS = 2",
         "EPOCHS = 2",
         "BATCH_SIZE = 64",

@@ -35,7 +35,7 @@ def test_the_tutorials_snippet_classifies_a_picture(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     pixels = torch.randint(256, (28, 28), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
-    (batch,) = Batches(pixels[None], torch.zeros(1).long(), 1, 0.2860, 0.3530, torch.device("cpu"))
+    (batch,) = Batches(pixels[None], torch.zeros(1).long(), None, 1, (0.2860,), (0.3530,), torch.device("cpu"))
     _, _, probabilities = test_loop([batch], network, torch.nn.CrossEntropyLoss(), mirror=True)
     run = subprocess.run(
         [sys.executable, "-c", snippet[1]],
@@ -55,7 +55,8 @@ def test_the_snippets_statistics_are_those_of_the_training_images() -> None:
         dataset = load_dataset("FashionMNIST", REPOSITORY / "data")
     except DatasetError as error:
         pytest.skip(f"Fashion-MNIST is not available: {error}")
-    assert pixel_statistics(dataset.train_images) == pytest.approx((0.2860, 0.3530), abs=5e-5)
+    (mean,), (std,) = pixel_statistics(dataset.train_images)
+    assert (mean, std) == pytest.approx((0.2860, 0.3530), abs=5e-5)
 
 
 def test_plots_need_neither_a_display_nor_pyplot() -> None:

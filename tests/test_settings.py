@@ -14,13 +14,14 @@ import main_tutorial
 from experiment.settings import TrainingConfig, read_command_line
 
 ORDER = (
-    "DATASET FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE MIRROR RNG_SEED DEVICE PRECISION WORKERS RESUME "
-    "WANDB_MODE WANDB_PROJECT_NAME WANDB_API_KEY_PATH DATA_DIR RUNS_DIR"
+    "DATASET IMAGE_SHAPE FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE MIRROR RNG_SEED DEVICE PRECISION WORKERS "
+    "RESUME WANDB_MODE WANDB_PROJECT_NAME WANDB_API_KEY_PATH DATA_DIR RUNS_DIR"
 ).split()
 
 
 GOOD: dict[str, list[Any]] = {
-    "DATASET": ["MNIST", "FashionMNIST", "KMNIST", "Digits"],
+    "DATASET": ["MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "Digits", ".", Path("tests")],
+    "IMAGE_SHAPE": [(1, 28, 28), (3, 64, 64), (1, 1, 4096)],
     "FOLDS": [2, 100],
     "EPOCHS": [1, 10**6],
     "BATCH_SIZE": [2, 10**9],
@@ -41,7 +42,8 @@ GOOD: dict[str, list[Any]] = {
 
 
 BAD: dict[str, list[Any]] = {
-    "DATASET": ["CIFAR10", "digits", "", None, 1],
+    "DATASET": ["CIFAR100", "digits", "nowhere", "README.md", "", "~no_such_user", "a\0b", "x" * 5000, None, 1],
+    "IMAGE_SHAPE": [(2, 28, 28), (4, 28, 28), (1, 28), (1, 0, 28), (1, 28, 28.0), (True, 28, 28), 28, "28x28", None],
     "FOLDS": [1, 0, -5, True, 5.0, "5", None],
     "EPOCHS": [0, -1, True, 1.0, "1", None, float("nan"), float("inf")],
     "BATCH_SIZE": [1, 0, True, 64.0, "64", None],
@@ -165,6 +167,9 @@ def test_the_configuration_cannot_be_changed() -> None:
         ("--workers=auto", {"WORKERS": "auto"}),
         ("--wandb-project-name=12", {"WANDB_PROJECT_NAME": "12"}),
         ("--data_dir=7", {"DATA_DIR": "7"}),
+        ("--dataset=12", {"DATASET": "12"}),
+        ("--image-shape=3x64x64", {"IMAGE_SHAPE": "3x64x64"}),
+        ("--image-shape=(3,64,64)", {"IMAGE_SHAPE": (3, 64, 64)}),
         ("", {}),
     ],
 )
@@ -200,7 +205,7 @@ def test_help_shows_the_description_and_each_constants_comment_and_default(
     assert "\n\nTrains something.\n\n" in shown
     options = [" ".join(option.split()) for option in shown.partition("options:")[2].split("\n  --")]
     assert options[1] == "dataset VALUE (default: None)"
-    assert options[3] == "epochs VALUE passes – 50 % of them (default: 3)"
+    assert options[4] == "epochs VALUE passes – 50 % of them (default: 3)"
     assert len(options) == 1 + len(ORDER)  # and --help
 
 
@@ -273,3 +278,9 @@ def test_an_odd_string_on_the_command_line_is_one_line(string: str, monkeypatch:
     constants = read_command_line(vars(main_cnn), None)
     with pytest.raises(ValueError, match="EPOCHS must be an integer of at least 1"):
         TrainingConfig.from_constants(vars(main_cnn) | constants)
+
+
+@pytest.mark.parametrize("shape", ["3x64x96", [3, 64, 96], (3, 64, 96)])
+def test_an_image_shape_becomes_a_tuple(shape: Any) -> None:
+    config = TrainingConfig.from_constants(vars(main_cnn) | {"IMAGE_SHAPE": shape})
+    assert config.image_shape == (3, 64, 96) and config.to_dict()["image_shape"] == [3, 64, 96]

@@ -109,11 +109,11 @@ def test_with_mirror_the_probabilities_of_image_and_mirror_image_are_averaged(pr
 def test_run_epoch_computes_what_its_steps_compute_one_by_one(change: dict[str, Any]) -> None:
     fit = make_fit(EPOCHS=1, **change)
     state, metrics = run_epoch(fit, 1, None)
-    images, labels = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out_mask)[0]
-    mean, std = pixel_statistics(images)
+    part = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out_mask)[0]
+    mean, std = pixel_statistics(part.images, part.rows)
     losses, correct = [], 0
     with isolated_rng(fit.threads, epoch_seed(fit, 1), CPU):
-        batches = Batches(images, labels, fit.batch_size, mean, std, CPU, training=True, mirror=fit.mirror)
+        batches = Batches(*part, fit.batch_size, mean, std, CPU, training=True, mirror=fit.mirror)
         model = NeuralNetwork()
         seed_generators(epoch_seed(fit, 1))
         optimizer = torch.optim.Adam(model.parameters(), lr=fit.learning_rate, fused=True)
@@ -138,7 +138,7 @@ def test_with_mirror_a_fit_is_evaluated_on_mirror_images_too(name: str) -> None:
     training_part, evaluation_part = split(cached_dataset(fit.dataset, DATA_DIR, fit.data_digest), fit.held_out_mask)
     model = NeuralNetwork()
     model.load_state_dict(state["model"])
-    batches = Batches(*evaluation_part, 256, *pixel_statistics(training_part[0]), CPU)
+    batches = Batches(*evaluation_part, 256, *pixel_statistics(training_part.images, training_part.rows), CPU)
     loss, labels, probabilities = test_loop(batches, model, nn.CrossEntropyLoss(), mirror=True)
     assert metrics["evaluation"][0] == loss
     assert torch.equal(metrics["evaluation"][1], labels)

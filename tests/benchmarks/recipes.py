@@ -36,11 +36,11 @@ def train_fold(fit: Fit) -> tuple[float, float, float, float]:
     """Return a fold's accuracy and loss, then its accuracy for each image alone and averaged with its mirror image."""
     state, history = train_fit(fit)
     dataset = cached_dataset(fit.dataset, resolve_path(fit.data_dir), fit.data_digest)
-    (training_images, _), held_out = split(dataset, fit.held_out_mask)
+    training, held_out = split(dataset, fit.held_out_mask)
     device = torch.device(fit.device)
     network = build_network(fit.model_class, device)
     network.load_state_dict(state["model"])
-    batches = Batches(*held_out, EVALUATION_BATCH_SIZE, *pixel_statistics(training_images), device)
+    batches = Batches(*held_out, EVALUATION_BATCH_SIZE, *pixel_statistics(training.images, training.rows), device)
     loss_fn, precision = nn.CrossEntropyLoss(), getattr(torch, fit.precision)
     accuracies = []
     for mirror in (False, True):
