@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA_DIR, Configure, Start, checkpoints, computed, finish, saved_epochs, wait_for
+from conftest import (
+    DATA_DIR,
+    REPOSITORY,
+    Configure,
+    Start,
+    checkpoints,
+    computed,
+    finish,
+    saved_epochs,
+    start_python,
+    wait_for,
+)
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -20,10 +33,9 @@ import main_tutorial
 from classify import load_network, read_picture
 from comparison.run_reader import read_run
 from data_files import DatasetError, cached_dataset, decode_picture, find_pictures, load_dataset
-from data_utils import Dataset
+from data_utils import Dataset, light_background_share
 from experiment.errors import ConfigurationError
 from experiment.model_check import check_model
-from experiment.prepare import light_background_share
 from models import NeuralNetwork
 
 COLOUR = (3, 64, 64)
@@ -151,16 +163,13 @@ def test_classify_decodes_a_picture_as_a_folder_does(tiles: Path) -> None:
 
 @pytest.mark.slow
 def test_decoding_48_megapixels_takes_less_than_a_gigabyte(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     photograph().resize((8000, 6000)).convert("RGBA").save(tmp_path / "large.png", compress_level=1)
     code = (
         "import resource, data_files; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         f"data_files.decode_picture({str(tmp_path / 'large.png')!r}, (3, 64, 64)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 2**20  # kilobytes
 
 
@@ -210,7 +219,7 @@ def test_files_that_are_no_pictures_are_counted_and_ignored(tiles: Path) -> None
 
 
 def test_nested_folders_links_and_names_of_any_language(tmp_path: Path) -> None:
-    folder = write_tiles(tmp_path / "names", **{"Äpfel": 3, "犬": 3})
+    folder = write_tiles(tmp_path / "names", **{"Äpfel": 4, "犬": 3})
     shutil.move(folder / "犬", tmp_path / "elsewhere")
     (folder / "犬" / "2026" / "May").mkdir(parents=True)
     shutil.move(folder / "Äpfel" / "0.jpg", folder / "犬" / "2026" / "May" / "7.jpg")
@@ -218,7 +227,7 @@ def test_nested_folders_links_and_names_of_any_language(tmp_path: Path) -> None:
     (folder / "犬" / "circle").symlink_to(folder / "犬")
     pictures = find_pictures(folder)
     assert pictures.class_names == ["Äpfel", "犬"]
-    assert sorted(label for _, label in [*pictures.train, *pictures.test]) == [0, 0, 1, 1, 1, 1]
+    assert sorted(label for _, label in [*pictures.train, *pictures.test]) == [0, 0, 0, 1, 1, 1, 1]
 
 
 def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path) -> None:
@@ -236,7 +245,7 @@ def refusal(folder: Path) -> str:
 
 
 def test_all_damaged_pictures_are_named_up_to_ten(tmp_path: Path) -> None:
-    folder = write_tiles(tmp_path / "damaged", cat=13, dog=2)
+    folder = write_tiles(tmp_path / "damaged", cat=13, dog=3)
     paths = sorted((folder / "cat").iterdir())
     for path in paths[:12]:
         path.write_bytes(path.read_bytes()[:400])
@@ -274,7 +283,7 @@ def test_a_folder_without_subfolders_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_class_with_too_few_pictures_is_refused(tmp_path: Path) -> None:
-    assert "cat has 1 pictures to train on" in refusal(write_tiles(tmp_path / "few", cat=2, dog=9))
+    assert "cat has only 1 picture to train on" in refusal(write_tiles(tmp_path / "few", cat=2, dog=9))
 
 
 def test_a_class_only_in_the_test_folder_is_refused(tmp_path: Path) -> None:
@@ -495,8 +504,6 @@ def test_a_pretrained_network_with_a_frozen_backbone_is_trained_and_resumed(
 ) -> None:
     write_tiles(tmp_path / "pets", cat=30, dog=30)
     (tmp_path / "frozen.py").write_text(FROZEN.format(folder=str(tmp_path)))
-    from conftest import start_python
-
     finish(start_python(tmp_path, "frozen.py", "--epochs=1"))
     output, _ = finish(start_python(tmp_path, "frozen.py", "--epochs=2"))
     assert "Frozen, 1,026 parameters" in output and "Compared with" in output and "EPOCHS 1 → 2" in output
@@ -526,7 +533,8 @@ if __name__ == "__main__":
     if not os.path.exists({folder!r} + "/weights.pt"):
         torch.save(resnet18().state_dict(), {folder!r} + "/weights.pt")
     main_cnn.ConvolutionalNeuralNetwork = Frozen
-    main_cnn.DATASET, main_cnn.DATA_DIR, main_cnn.RUNS_DIR = {folder!r} + "/pets", {folder!r} + "/data", {folder!r} + "/runs"
+    main_cnn.DATASET, main_cnn.DATA_DIR = {folder!r} + "/pets", {folder!r} + "/data"
+    main_cnn.RUNS_DIR = {folder!r} + "/runs"
     main_cnn.IMAGE_SHAPE, main_cnn.FOLDS, main_cnn.WANDB_MODE = (3, 32, 32), 2, "disabled"
     vars(main_cnn).update(read_command_line(vars(main_cnn), None))
     main_cnn.main()
