@@ -481,8 +481,7 @@ def _write_decoded(
                     header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
                     digests = _decode_into(file, jobs, title)
-                    notes = contents.notes + (check(digests) if check else ())
-                    record = vars(contents) | {"notes": notes}
+                    record = vars(contents) | {"notes": check(digests) if check else ()}
                     encoded = json.dumps(record).encode()
                     file.write(encoded + struct.pack("<Q", len(encoded)))
                     file.flush()
@@ -754,9 +753,10 @@ def _check_sizes(class_names: list[str], train: list[_Picture], test: list[_Pict
     counts = Counter(label for _, _, label, _ in train)
     for label, name in enumerate(class_names):
         if counts[label] < 2:
+            number = "only 1 picture" if counts[label] else "no picture"
             raise DatasetError(
-                f"{root}: {name} has {counts[label]} pictures to train on besides those for the test. Each class needs "
-                "at least 2: add pictures, or delete the folder."
+                f"{root}: {name} has {number} to train on besides those for the test. Each class needs at least 2: add "
+                "pictures, or delete the folder."
             )
     if not test:
         raise DatasetError(f"{root} contains no test pictures.")
@@ -806,11 +806,11 @@ def _load_pictures(pictures: Pictures, data_dir: Path, image_shape: ImageShape) 
         everything = [*pictures.train, *pictures.test]
         jobs = [partial(_decode_or_explain, file, image_shape) for file, _ in everything]
         labels = [label for _, label in everything]
-        contents = _Contents(len(pictures.train), labels, pictures.class_names, pictures.notes)
+        contents = _Contents(len(pictures.train), labels, pictures.class_names, ())
         check = partial(_describe_duplicates, pictures)
         title = f"decoding {pictures.folder.name}"
         dataset = _write_decoded(path, stem, jobs, contents, image_shape, title, check)
-    return dataset
+    return dataset._replace(notes=(*pictures.notes, *dataset.notes))
 
 
 def _decode_or_explain(path: Path, image_shape: ImageShape) -> np.ndarray | DatasetError:
