@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiment.errors import nonfatal
 from experiment.formatting import display_name
 
 if TYPE_CHECKING:
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
 LOG_SCALE_RATIO = 20  # ratio of the largest to the smallest loss above which the axis is logarithmic
-MAX_DRAWING_SHARE = 0.01  # of the training time
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
@@ -58,32 +54,6 @@ def png_bytes(figure: Figure, dpi: float = 110) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=dpi)
     return png.getvalue()
-
-
-class GrowingCurves:
-    """Redraws learning_curves.png during training, and spends at most 1 % of the time on that.
-
-    Parameters
-    ----------
-    save : callable
-        Saves a file, given its name and its bytes.
-    """
-
-    def __init__(self, save: Callable[[str, bytes], None]) -> None:
-        self._save = save
-        self._started = time.monotonic()
-        self._total_seconds = 0.0  # spent on drawing
-        self._last_seconds = 1.0  # of the last drawing; before the first, about what importing matplotlib takes
-
-    def draw(self, histories: dict[str, History]) -> None:
-        """Draw the epochs that are done, if that takes no more than its share of the time."""
-        begin = time.monotonic()
-        if self._total_seconds + self._last_seconds > MAX_DRAWING_SHARE * (begin - self._started):
-            return
-        with nonfatal("learning_curves.png during training"):
-            self._save("learning_curves.png", png_bytes(draw_learning_curves(histories)))
-        self._last_seconds = time.monotonic() - begin
-        self._total_seconds += self._last_seconds
 
 
 def draw_learning_curves(histories: dict[str, History]) -> Figure:
