@@ -129,7 +129,7 @@ def svg_axis(limit: float, metric: str) -> str:
     """Return the axis of `svg_row` as SVG, with the direction in which a metric improves."""
     left, right = ("better", "worse") if metric == "loss" else ("worse", "better")
     step = 10.0 ** math.floor(math.log10(limit))
-    step *= next(factor for factor in (5, 2, 1, 0.5) if factor * step <= limit)
+    step *= next(factor for factor in (5, 2, 1, 0.5) if factor * step <= 0.8 * limit)
     texts = [f'<text x="2" y="10">← {left}</text><text class="end" x="{SVG_WIDTH - 2}" y="10">{right} →</text>']
     for value in (-step, 0, step):
         number = f"{value:+.1g}".replace("-", "−") if value else "0"

@@ -148,7 +148,9 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
     rows = []
     for run, found in zip(runs, changes, strict=True):
         row = _row_of(run, compared.get(run.path), limits)
-        row["change"] = describe_changes(found, MAX_CHANGES_WIDTH, frequency) if found is not None else "first run"
+        row["change"] = (
+            describe_changes(found, MAX_CHANGES_WIDTH, frequency) if found is not None else "no earlier result"
+        )
         row["state"] = states.get(run.path, "")
         if baseline is not None and run.path == baseline.path:
             row["note"] = "baseline" + row["note"]
@@ -166,6 +168,7 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
 def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, float]) -> dict[str, Any]:
     row = _empty_row(run.path)
     row["when"] = f"{run.created:%d %b %H:%M}" if time_in_name(run.path.name) else row["name"]
+    row["has_time"] = time_in_name(run.path.name) is not None
     row["order"] = f"{run.created.timestamp():.0f}"
     if run.diverged:
         row["note"] = f" ({', '.join(run.diverged)} diverged)"
@@ -190,7 +193,12 @@ def _empty_row(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(cells, "")
     has_report = (path / "report.html").exists()
     name = path.name.encode(errors="replace").decode()
-    return row | {"name": name, "url": relative_url(path.name, "report.html") if has_report else "", "verdicts": []}
+    return row | {
+        "name": name,
+        "has_time": False,
+        "url": relative_url(path.name, "report.html") if has_report else "",
+        "verdicts": [],
+    }
 
 
 def _group_of_unreadable(problems: dict[Path, str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def draw_learning_curves(histories: Histories, metric: str) -> str:
     epochs = max(epoch for _, points in curves for epoch, _ in points)
     is_log = metric == "loss" and 0 < LOG_SCALE_RATIO * min(values) < max(values)
     ticks = _log_ticks(min(values), max(values)) if is_log else _ticks(min(values), max(values))
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
+    low, high = min(*ticks, *values), max(*ticks, *values)
 
     def x(epoch: float) -> float:
         return LEFT + (epoch - 1) / max(1, epochs - 1) * (WIDTH - LEFT - RIGHT) if epochs > 1 else WIDTH / 2
@@ -122,14 +122,12 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return numbers such as 0.1, 0.2, 0.5, 1 from at most `low` to at least `high`, at most about eight."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    start = max(index for index, tick in enumerate(ticks) if tick <= low)
-    end = min((index for index, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)
-    ticks = ticks[start : end + 1]
-    return ticks[:: max(1, len(ticks) // 8)]
+    """Return round numbers between `low` and `high`, at most about eight: powers of ten, or also 2 and 5 times these."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
+    ticks = [factor * 10.0**power for power in powers for factor in factors]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside[:: max(1, len(inside) // 8)]
 
 
 def _epoch_ticks(epochs: float) -> list[int]:
