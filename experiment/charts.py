@@ -122,7 +122,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between `low` and `high`, at most about eight: powers of ten, or also 2 and 5 times these."""
+    """Return at most about eight powers of ten between `low` and `high`, or also 2 and 5 times these."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]

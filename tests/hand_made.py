@@ -93,6 +93,7 @@ def make_experiment(network: str = "NeuralNetwork", test_predictions: Prediction
         environment=ENVIRONMENT,
         model=ModelSummary(name=network, printed=f"{network}()", parameters=669706, fingerprint={}),
         started=time.monotonic() - SECONDS,
+        fits=[SimpleNamespace(name=name) for name in ("final", "fold-1", "fold-2")],
     )
 
 
