@@ -16,7 +16,6 @@ from comparison.overview import overview_of
 from comparison.pair import METRICS, PairComparison, describe_noise
 from comparison.run_reader import (
     FinishedRun,
-    display_path,
     read_identity,
     read_run,
     run_folders,
@@ -72,7 +71,7 @@ def _content(runs_dir: Path) -> dict[str, Any]:
         shown.append(_group_of_unreadable(problems))
     count = len(runs) + len(problems)
     return {
-        "folder": display_path(runs_dir),
+        "folder": _name(runs_dir.absolute()),
         "count": "1 run" if count == 1 else f"{count} runs",
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "groups": shown,
@@ -130,7 +129,7 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
         others = [run for run in usable[:-1] if comparable(baseline, run)]
         overview = overview_of(baseline, others, runs_dir, usable)
         compared = {row.run.path: row.comparison for row in overview.rows if row.comparison is not None}
-        explanation = f"Baseline: {display_path(baseline.path)}."
+        explanation = f"Baseline: {_name(baseline.path)}."
         differences = [each for pair in compared.values() for each in pair.metrics.values()]
         tests = sum(difference.has_interval for difference in differences)
         if tests > 1:
@@ -181,8 +180,9 @@ def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, flo
         if pair is not None:
             row[f"{metric}_plot"] = svg_row(pair.metrics[metric], limits[metric])
     if pair is not None:
-        row["verdicts"] = [(metric, pair.metrics[metric].verdict) for metric in METRICS]
-        row["verdict_order"] = sum(VERDICTS.index(word) for _, word in row["verdicts"])
+        words = [pair.metrics[metric].verdict for metric in METRICS]
+        row["verdicts"] = [("", words[0])] if len(set(words)) == 1 else list(zip(METRICS, words, strict=True))
+        row["verdict_order"] = sum(map(VERDICTS.index, words))
     row["thumbnail"] = draw_thumbnail({fold.name: fold.history for fold in run.folds.values()})
     return row
 
@@ -192,13 +192,17 @@ def _empty_row(path: Path) -> dict[str, Any]:
     cells += "verdict_order took seconds thumbnail".split()
     row: dict[str, Any] = dict.fromkeys(cells, "")
     has_report = (path / "report.html").exists()
-    name = path.name.encode(errors="replace").decode()
     return row | {
-        "name": name,
+        "name": _name(path),
         "has_time": False,
         "url": relative_url(path.name, "report.html") if has_report else "",
         "verdicts": [],
     }
+
+
+def _name(path: Path) -> str:
+    """Return a folder's name; bytes that are not text become question marks."""
+    return path.name.encode(errors="replace").decode()
 
 
 def _group_of_unreadable(problems: dict[Path, str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import numpy as np
 
 from comparison.forest_plot import axis_limit, svg_axis, svg_row
 from comparison.pair import PairComparison, format_change, verdict_with_reason
-from comparison.run_reader import display_path
 from comparison.statistics import MetricDifference
 from experiment.files import write_atomically
 from experiment.formatting import display_name
@@ -53,7 +52,7 @@ def _table(caption: str, heading: str, differences: list[MetricDifference]) -> d
             "name": display_name(difference.metric) if heading == "class" else difference.metric,
             "before": f"{np.mean(difference.before):.4f}",
             "after": f"{np.mean(difference.after):.4f}",
-            "change": format_change(difference),
+            "change": format_change(difference).removesuffix(" (95 %)"),
             "plot": svg_row(difference, limit),
             "verdict": difference.verdict,
             "text": verdict_with_reason(difference),
@@ -64,4 +63,5 @@ def _table(caption: str, heading: str, differences: list[MetricDifference]) -> d
 
 
 def _name(path: Path) -> str:
-    return display_path(path).replace("\\", "/").rpartition("/")[2]
+    """Return a folder's name; bytes that are not text become question marks."""
+    return path.name.encode(errors="replace").decode()

@@ -46,8 +46,8 @@ def test_rows_are_grouped_by_their_images_the_newest_first(tmp_path: Path) -> No
         "KMNIST, 5 folds, RNG_SEED 314",
     ]
     assert rows_of(page) == [
-        "26 Nov 18:33 EPOCHS 10 → 3 0.9233 0.0767 accuracy identical , loss identical (fold-5 diverged) 42 s",
-        "26 Nov 18:31 MIRROR False → True 0.9322 0.0678 accuracy better , loss better 42 s",
+        "26 Nov 18:33 EPOCHS 10 → 3 0.9233 0.0767 identical (fold-5 diverged) 42 s",
+        "26 Nov 18:31 MIRROR False → True 0.9322 0.0678 better 42 s",
         "26 Nov 18:30 no earlier result 0.9232 0.0768 baseline 42 s",
         "26 Nov 18:32 no earlier result 0.9232 0.0768 baseline 42 s",
     ]

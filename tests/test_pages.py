@@ -78,7 +78,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     result = make_hand_made_result()
     assert result.final is not None
     classes = {name: result.final.report["Coat"] for name in LONG_NAMES}
-    many = replace(result, final=replace(result.final, report=classes | result.final.report), run_dir=after)
+    report = classes | result.final.report
+    final = replace(result.final, report=report, confusion=np.eye(40, dtype=int).tolist())
+    many = replace(result, final=final, run_dir=after)
     experiment = make_experiment(NAME)
     checkpoints = {name: {"history": history, "failure": None} for name, history in HISTORIES.items()}
     contents = {
@@ -130,7 +132,7 @@ def test_every_column_heading_sorts_the_rows(pages: dict[str, Path], open_page: 
     accuracy.focus()
     page.keyboard.press("Enter")
     assert column(3) == sorted(column(3), key=float, reverse=True)
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name="Run", exact=True).click()
     assert column(1) == newest_first[::-1]
     page.get_by_role("button", name="Changed").click()
     assert page.locator("th[aria-sort]").count() == 1 and len(column(2)) == len(newest_first)
@@ -153,10 +155,10 @@ def test_live_page_reloads_keeps_its_place_and_stops(tmp_path: Path, open_page: 
     path.write_bytes(running_page(1, seconds_left=90))
     page = open_page(path, width=360)
     assert page.get_by_text("3 of 6 epochs are done, about 1:30 left.").is_visible()
-    page.evaluate("scrollTo(0, 700)")
-    path.write_bytes(running_page(2))
+    page.evaluate("scrollTo(0, 300)")
+    path.write_bytes(running_page(2, seconds_left=80))
     page.get_by_text("6 of 6 epochs are done").wait_for(state="attached", timeout=8000)
-    assert page.evaluate("scrollY") == 700
+    assert page.evaluate("scrollY") == 300
     page.get_by_role("button", name="Stop reloading").click()
     path.write_bytes(report_page(make_hand_made_result(), make_experiment(), "", {}))
     time.sleep(6)
