@@ -19,6 +19,7 @@ from experiment import report as report_module
 from experiment.errors import RunError
 from experiment.report import MIN_SILENCE, Report, report_page, unfinished_page
 from experiment.results import ExperimentResult
+from experiment.terminal import duration_line
 
 PNG = b"\x89PNG"
 
@@ -69,7 +70,7 @@ def test_report_begins_with_the_metrics(result: ExperimentResult) -> None:
         "Did it help?",
         "First finished run.",
     ]
-    assert "time taken: 1:02:03" in report
+    assert f"{duration_line(result).lower()}</p>" in report
 
 
 def test_report_has_the_command_that_repeats_the_run_with_every_hyperparameter(result: ExperimentResult) -> None:
