@@ -26,8 +26,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment.errors import ConfigurationError, user_errors
-from experiment.files import write_atomically
+from experiment.errors import ConfigurationError, nonfatal, user_errors
 from experiment.terminal import print_line
 
 if TYPE_CHECKING:
@@ -91,6 +90,7 @@ def _at_least_two(text: str) -> int:
 def _print_pair(names: list[str], runs_dir: Path) -> None:
     from comparison.changes import nearest_run, why_nothing_comparable
     from comparison.pair import compare_runs
+    from comparison.pair_page import write_pair_page
     from comparison.run_reader import display_path, read_runs
 
     *first, after = _find_runs(names, runs_dir)
@@ -99,14 +99,17 @@ def _print_pair(names: list[str], runs_dir: Path) -> None:
     if before is None:
         raise ConfigurationError(f"{display_path(after.path)}: {why_nothing_comparable(after, history)}")
     print_line(display_path(after.path))
-    print_line(compare_runs(before, after, history).text)
+    comparison = compare_runs(before, after, history)
+    print_line(comparison.text)
+    with nonfatal("the page"):
+        print_line(f"\nPage: {display_path(write_pair_page(comparison))}")
 
 
 def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
     from comparison.overview import DEFAULT_LAST, overview_of, overview_of_all
     from comparison.run_reader import display_path, read_runs
-    from experiment.plots import png_bytes
 
+    page = _write_index(arguments.runs_dir)
     if names:
         baseline, *others = _find_runs(names, arguments.runs_dir)
         history, _ = read_runs(baseline.path.parent)
@@ -114,10 +117,20 @@ def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
     else:
         overview = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, arguments.baseline)
     print_line(overview.text)
-    newest = max((row.run for row in overview.rows), key=lambda run: run.finished)
-    path = newest.path / "overview.png"
-    write_atomically(path, png_bytes(overview.figure()))
-    print_line(f"\nSaved {display_path(path)}")
+    if page is not None:
+        print_line(f"\nPage of all runs: {display_path(page)}")
+
+
+def _write_index(runs_dir: Path) -> Path | None:
+    """Write the page of all runs and return its path; None if there is no folder, or if it cannot be written."""
+    from comparison.index import write_index
+
+    if not runs_dir.is_dir():
+        return None
+    page = None
+    with nonfatal("the page of all runs"):
+        page = write_index(runs_dir)
+    return page
 
 
 def _find_runs(names: list[str], runs_dir: Path) -> "list[FinishedRun]":

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from itertools import zip_longest
 
 from comparison.run_reader import FinishedRun, Identity, NetworkRecord, display_path
@@ -53,15 +54,25 @@ def _code_changes(before: dict[str, str], after: dict[str, str]) -> list[Change]
 
 
 def _network_changes(before: NetworkRecord, after: NetworkRecord) -> list[Change]:
-    lines = list(_changed_lines(_layers(before.printed), _layers(after.printed)))
+    structure = _structure_changes(before.printed, after.printed)
     if before.name != after.name:
         parameters = f"{before.parameters:,} → {after.parameters:,} parameters"
-        return [Change(f"network {before.name} → {after.name} ({parameters})", distance=max(1, len(lines)))]
-    if lines:
-        return [Change(_layer_change(old, new)) for old, new in lines]
-    if not same_fingerprint(before.fingerprint, after.fingerprint):
+        return [Change(f"network {before.name} → {after.name} ({parameters})", distance=max(1, len(structure)))]
+    if structure:
+        return list(structure)
+    if before.fingerprint != after.fingerprint and not same_fingerprint(before.fingerprint, after.fingerprint):
         return [Change("network with the same structure but other outputs")]
     return []
+
+
+@cache
+def _structure_changes(printed_before: str, printed_after: str) -> tuple[Change, ...]:
+    """Return each changed line of two printed networks as a change.
+
+    The result is kept, because the page of all runs compares many runs of few networks.
+    """
+    lines = _changed_lines(_layers(printed_before), _layers(printed_after))
+    return tuple(Change(_layer_change(old, new)) for old, new in lines)
 
 
 def _layers(printed: str) -> list[str]:
@@ -181,7 +192,11 @@ def nearest_run(run: FinishedRun, runs: Sequence[FinishedRun]) -> FinishedRun | 
 
     If one thing is changed at a time, the comparison therefore shows the effect of that one thing.
     """
-    others = [other for other in runs if other.path != run.path and comparable(other, run)]
+    return run_with_fewest_changes(run, [other for other in runs if other.path != run.path and comparable(other, run)])
+
+
+def run_with_fewest_changes(run: FinishedRun, others: Sequence[FinishedRun]) -> FinishedRun | None:
+    """Return the run with the fewest changes, the newest of several, whether or not their metrics can be compared."""
     newest_first = sorted(others, key=lambda other: other.finished, reverse=True)
     return min(newest_first, key=lambda other: _distance(other, run), default=None)
 

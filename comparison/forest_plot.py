@@ -1,4 +1,7 @@
-"""Forest plots: one row per comparison, with the difference in each fold, their mean and its confidence interval."""
+"""Forest plots: one row per comparison, with the difference in each fold, their mean and its confidence interval.
+
+For figures they are drawn by matplotlib, for pages as SVG, one drawing per row of a table.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from comparison.statistics import MetricDifference
+
+SVG_WIDTH = 200
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +51,13 @@ def draw_panel(panel: "Axes", title: str, differences: Sequence[MetricDifference
     panel.text(0.99, 1.01, f"{right} →", transform=panel.transAxes, ha="right", va="bottom", fontsize=9)
 
 
+def axis_limit(differences: Sequence[MetricDifference]) -> float:
+    """Return where an axis ends that shows all differences except those ten times as large as the median."""
+    extents = sorted(difference.max_extent for difference in differences if difference.max_extent > 0) or [0.001]
+    median = extents[(len(extents) - 1) // 2]
+    return 1.08 * max(extent for extent in extents if extent <= 10 * median)
+
+
 def _limit_axis(panel: "Axes", differences: Sequence[MetricDifference]) -> None:
     """Set the limits of the axis, with 0 in the middle.
 
@@ -54,17 +66,13 @@ def _limit_axis(panel: "Axes", differences: Sequence[MetricDifference]) -> None:
     """
     from experiment.plots import ORANGE
 
-    extents = sorted(difference.max_extent for difference in differences if difference.max_extent > 0) or [0.001]
-    median = extents[(len(extents) - 1) // 2]
-    limit = 1.08 * max(extent for extent in extents if extent <= 10 * median)
+    limit = axis_limit(differences)
     panel.set_xlim(-limit, limit)
     for row, difference in enumerate(differences):
         if difference.max_extent <= limit:
             continue
         at_left = difference.mean < 0
-        number = f"{abs(difference.mean):.2g}"
-        if difference.has_interval:
-            number += f" ± {difference.ci_half_width:.1g}"
+        number = _size(difference)
         panel.text(
             -0.98 * limit if at_left else 0.98 * limit,
             row - 0.15,
@@ -89,3 +97,45 @@ def add_title(figure: "Figure", title: str) -> None:
     empty = Line2D([], [], marker="D", color=ORANGE, markerfacecolor="white", label=not_significant)
     figure.legend(handles=[fold, mean, empty], ncols=3, fontsize=8, frameon=False, loc="outside lower center")
     figure.suptitle(title, fontsize=11, parse_math=False)
+
+
+def _size(difference: MetricDifference) -> str:
+    number = f"{abs(difference.mean):.2g}"
+    return f"{number} ± {difference.ci_half_width:.1g}" if difference.has_interval else number
+
+
+def svg_row(difference: MetricDifference, limit: float) -> str:
+    """Return a difference as SVG, on an axis from -limit to limit; beyond it, as an arrow with the number."""
+    mean = _svg_x(difference.mean, limit)
+    sign = "−" if difference.mean < 0 else "+"
+    label = f"{difference.metric if difference.metric in ('accuracy', 'loss') else 'F1'} {sign}{_size(difference)}"
+    parts = [f'<svg class="plot" viewBox="0 0 {SVG_WIDTH} 24" role="img" aria-label="{label}"><path class="zero" d="M']
+    parts.append(f'{SVG_WIDTH // 2} 0V24"/>')
+    if difference.max_extent > limit:
+        anchor, x = ("", 4) if difference.mean < 0 else (' class="end"', SVG_WIDTH - 4)
+        text = f"← −{_size(difference)}" if difference.mean < 0 else f"+{_size(difference)} →"
+        return "".join([*parts, f'<text x="{x}" y="15"{anchor}>{text}</text></svg>'])
+    dots = "".join(f"M{_svg_x(value, limit):.1f} 17h0" for value in difference.per_fold)
+    parts.append(f'<path class="points" d="{dots}"/>')
+    if difference.has_interval:
+        low, high = (_svg_x(difference.mean + side * difference.ci_half_width, limit) for side in (-1, 1))
+        parts.append(f'<path class="interval" d="M{low:.1f} 4v6m0-3H{high:.1f}m0-3v6"/>')
+    fill = " filled" if difference.verdict in ("better", "worse") else ""
+    parts.append(f'<path class="diamond{fill}" d="M{mean - 4:.1f} 7l4-4 4 4-4 4z"/></svg>')
+    return "".join(parts)
+
+
+def svg_axis(limit: float, metric: str) -> str:
+    """Return the axis of `svg_row` as SVG, with the direction in which a metric improves."""
+    left, right = ("better", "worse") if metric == "loss" else ("worse", "better")
+    step = 10.0 ** math.floor(math.log10(limit))
+    step *= next(factor for factor in (5, 2, 1, 0.5) if factor * step <= 0.8 * limit)
+    texts = [f'<text x="2" y="10">← {left}</text><text class="end" x="{SVG_WIDTH - 2}" y="10">{right} →</text>']
+    for value in (-step, 0, step):
+        number = f"{value:+.1g}".replace("-", "−") if value else "0"
+        texts.append(f'<text class="middle" x="{_svg_x(value, limit):.0f}" y="26">{number}</text>')
+    return f'<svg class="axis" viewBox="0 0 {SVG_WIDTH} 30" aria-hidden="true">{"".join(texts)}</svg>'
+
+
+def _svg_x(value: float, limit: float) -> float:
+    return SVG_WIDTH / 2 * (1 + value / limit)

@@ -1,16 +1,14 @@
-"""Several runs compared with a baseline: text and figure."""
+"""Several runs compared with a baseline: text."""
 
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from comparison.changes import comparable, describe_changes, why_not_comparable
-from comparison.forest_plot import add_title, draw_panel
 from comparison.pair import (
     METRICS,
     BaselineNoise,
@@ -25,11 +23,7 @@ from comparison.statistics import MetricDifference, correct_together
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, format_duration, wrap
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row of the text
-MAX_ROWS_DRAWN = 40
 DEFAULT_LAST = 20  # runs that are shown if none is named
 HEADING = "        accuracy      change           p    loss      change           p    took"
 
@@ -110,22 +104,6 @@ class Overview:
         if any(row.run.resumed for row in self.rows):
             sentences.append("> is the time since a run was resumed.")
         return " ".join(sentences)
-
-    def figure(self) -> "Figure":
-        """Draw accuracy and loss side by side, one row per run, the best at the top."""
-        from experiment.plots import new_figure
-
-        compared = [(row.name, row.comparison) for row in self.rows if row.comparison is not None]
-        shown = compared[:MAX_ROWS_DRAWN]
-        labels = [_label(name, comparison) for name, comparison in shown]
-        figure = new_figure(10, 0.45 * len(shown) + 2.4)
-        for panel, metric in zip(figure.subplots(1, 2, sharey=True), METRICS, strict=True):
-            draw_panel(panel, metric, [comparison.metrics[metric] for _, comparison in shown], labels)
-        runs = _count_runs(len(compared))
-        if len(shown) < len(compared):
-            runs = f"The {len(shown)} best of {runs}"
-        add_title(figure, f"{runs} compared with {display_path(self.baseline.path)}")
-        return figure
 
 
 def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str | None = None) -> Overview:
@@ -282,8 +260,3 @@ def _changes_lines(row: Row, frequency: Mapping[str, int]) -> str:
         text = f"{row.name} {text}"
     wrapper = textwrap.TextWrapper(WIDTH, "  ", " " * 8, break_long_words=False, break_on_hyphens=False)
     return wrapper.fill(text)
-
-
-def _label(name: str, comparison: PairComparison) -> str:
-    changes = describe_changes(comparison.changes, 70)
-    return textwrap.fill(f"{comparison.after.created:%d %b} {name} {changes}", 46)

@@ -102,10 +102,11 @@ class PairComparison:
             return "\n".join([*lines, "  identical in every fold"])
         for difference in self.metrics.values():
             lines += _metric_lines(difference)
-        return "\n".join([*lines, *_f1_lines(self.f1), *_indent(self._explanation(), indent=2)])
+        return "\n".join([*lines, *_f1_lines(self.f1), *_indent(self.explanation, indent=2)])
 
-    def _explanation(self) -> str:
-        """Return what p and ± are corrected for, and on how many runs the noise is estimated."""
+    @property
+    def explanation(self) -> str:
+        """What p and ± are corrected for, and on how many runs the noise is estimated."""
         sentence = describe_noise(self.noise, self.metrics.values())
         if sum(difference.has_interval for difference in self.metrics.values()) > 1:
             return f"p and ± are corrected for {len(self.metrics)} metrics (Holm). {sentence}"
@@ -121,7 +122,9 @@ class PairComparison:
         grid = figure.add_gridspec(2, len(self.metrics), height_ratios=[1.2, class_height])
         for column, difference in enumerate(self.metrics.values()):
             panel = figure.add_subplot(grid[0, column])
-            draw_panel(panel, f"{difference.metric}\n{_change(difference)}: {difference.verdict}", [difference], [""])
+            draw_panel(
+                panel, f"{difference.metric}\n{format_change(difference)}: {difference.verdict}", [difference], [""]
+            )
         names = [display_name(difference.metric) for difference in classes]
         draw_panel(figure.add_subplot(grid[1, :]), "F1 of each class", classes, names)
         changes = textwrap.fill(describe_changes(self.changes, MAX_CHANGES_WIDTH), WIDTH)
@@ -237,21 +240,22 @@ def describe_noise(noise: BaselineNoise, differences: Iterable[MetricDifference]
 def _metric_lines(difference: MetricDifference) -> list[str]:
     old, new = float(np.mean(difference.before)), float(np.mean(difference.after))
     lines = [
-        f"  {difference.metric:<10}{old:.4f} → {new:.4f}   {_change(difference)}",
-        f"{'':12}{_verdict_with_reason(difference)}",
+        f"  {difference.metric:<10}{old:.4f} → {new:.4f}   {format_change(difference)}",
+        f"{'':12}{verdict_with_reason(difference)}",
     ]
     if difference.has_interval and difference.verdict == "not significant":
         lines.append(f"{'':12}A difference of {difference.detectable:.4f} would be found in 80 % of cases.")
     return lines
 
 
-def _change(difference: MetricDifference) -> str:
+def format_change(difference: MetricDifference) -> str:
     """Return the mean difference with its interval, such as ``+0.0015 ± 0.0012 (95 %)``."""
     mean = signed(difference.mean)
     return f"{mean} ± {difference.ci_half_width:.4f} (95 %)" if difference.has_interval else mean
 
 
-def _verdict_with_reason(difference: MetricDifference) -> str:
+def verdict_with_reason(difference: MetricDifference) -> str:
+    """Return the verdict with its p value, such as ``better (p = 0.0003), in 5 of 5 folds``."""
     verdict = difference.verdict
     if verdict == "identical":
         return "identical in every fold"

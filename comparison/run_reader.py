@@ -73,6 +73,7 @@ class Fold(_Record):
     accuracy: FiniteFloat
     loss: FiniteFloat
     report: dict[str, _ReportRow | FiniteFloat]
+    history: list[dict[str, float | None]] = []
 
     @property
     def f1(self) -> dict[str, float]:
@@ -135,7 +136,7 @@ class FinishedRun:
     @property
     def created(self) -> datetime:
         """When the run was first started: the time in the folder's name or, if the user renamed it, `started`."""
-        return _time_in_name(self.path.name) or self.started
+        return time_in_name(self.path.name) or self.started
 
 
 def read_runs(runs_dir: Path) -> tuple[list[FinishedRun], list[str]]:
@@ -144,15 +145,18 @@ def read_runs(runs_dir: Path) -> tuple[list[FinishedRun], list[str]]:
     Folders that are not runs are ignored.
     """
     runs, problems = [], []
-    for path in _subfolders(runs_dir):
-        if not os.path.isfile(path / "config.json"):
-            continue
+    for path in run_folders(runs_dir):
         try:
             runs.append(read_run(path))
         except ConfigurationError as error:
             problems.append(str(error))
     runs.sort(key=lambda run: (run.finished, run.path.name), reverse=True)
     return runs, problems
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """Return the folders of all runs, finished or not, by name."""
+    return [path for path in _subfolders(runs_dir) if os.path.isfile(path / "config.json")]
 
 
 def find_run(name: str, runs_dir: Path) -> FinishedRun:
@@ -214,7 +218,8 @@ def shortest_names(runs: Iterable[FinishedRun], runs_dir: Path) -> dict[Path, st
     return names
 
 
-def _time_in_name(name: str) -> datetime | None:
+def time_in_name(name: str) -> datetime | None:
+    """Return the time in the name of a run directory; None if there is none."""
     match = TIME_IN_NAME.search(name)
     try:
         return datetime.strptime(match["date"] + match["time"], "%Y%m%d%H%M%S").astimezone() if match else None
@@ -241,6 +246,17 @@ def read_run(path: Path) -> FinishedRun:
     config = _read_json(path / "config.json", _Config)
     results = _read_json(path / "results.json", _Results)
     return _make_run(path, results, config.identity)
+
+
+def read_identity(path: Path) -> Identity:
+    """Return the identity of the run in a run directory, which may be unfinished.
+
+    Raises
+    ------
+    ConfigurationError
+        With one line, if another version of this program wrote it.
+    """
+    return _read_json(path / "config.json", _Config).identity
 
 
 def as_run(path: Path, results: dict[str, Any], identity: dict[str, Any]) -> FinishedRun:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from experiment.errors import nonfatal
 from experiment.formatting import display_name
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
 LOG_SCALE_RATIO = 20  # ratio of the largest to the smallest loss above which the axis is logarithmic
-MAX_DRAWING_SHARE = 0.01  # of the training time
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
@@ -45,8 +41,6 @@ def make_figures(result: ExperimentResult) -> dict[str, Figure]:
         figures["per_class.png"] = _draw_f1_per_class(result.folds, result.final)
         figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
         figures["mistakes.png"] = _draw_mistakes(result)
-    if result.folds:
-        figures["labels_to_check.png"] = _draw_doubtful_labels(result)
     return figures
 
 
@@ -62,32 +56,6 @@ def png_bytes(figure: Figure, dpi: float = 110) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=dpi)
     return png.getvalue()
-
-
-class GrowingCurves:
-    """Redraws learning_curves.png during training, and spends at most 1 % of the time on that.
-
-    Parameters
-    ----------
-    save : callable
-        Saves a file, given its name and its bytes.
-    """
-
-    def __init__(self, save: Callable[[str, bytes], None]) -> None:
-        self._save = save
-        self._started = time.monotonic()
-        self._total_seconds = 0.0  # spent on drawing
-        self._last_seconds = 1.0  # of the last drawing; before the first, about what importing matplotlib takes
-
-    def draw(self, histories: dict[str, History]) -> None:
-        """Draw the epochs that are done, if that takes no more than its share of the time."""
-        begin = time.monotonic()
-        if self._total_seconds + self._last_seconds > MAX_DRAWING_SHARE * (begin - self._started):
-            return
-        with nonfatal("learning_curves.png during training"):
-            self._save("learning_curves.png", png_bytes(draw_learning_curves(histories)))
-        self._last_seconds = time.monotonic() - begin
-        self._total_seconds += self._last_seconds
 
 
 def draw_learning_curves(histories: dict[str, History]) -> Figure:
@@ -195,18 +163,6 @@ def _draw_mistakes(result: ExperimentResult) -> Figure:
         true, predicted = display_name(mistake.true), display_name(mistake.predicted)
         captions.append(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)")
     images = [displayed_pixels(mistake.image, result.is_light_on_dark) for mistake in result.mistakes]
-    return _draw_gallery(title, images, captions)
-
-
-def _draw_doubtful_labels(result: ExperimentResult) -> Figure:
-    title = "No label is in doubt"
-    if result.doubtful_labels:
-        title = "Training images whose label is least probable, out of fold"
-    captions = []
-    for doubtful in result.doubtful_labels:
-        label, predicted = display_name(doubtful.label), display_name(doubtful.predicted)
-        captions.append(f"{doubtful.name}\nlabel: {label} ({100 * doubtful.probability:.2g} %)\npredicted: {predicted}")
-    images = [displayed_pixels(doubtful.image, result.is_light_on_dark) for doubtful in result.doubtful_labels]
     return _draw_gallery(title, images, captions)
 
 

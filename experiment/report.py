@@ -1,95 +1,318 @@
-"""The report of a run: report.md."""
+"""The report of a run, report.html: written at its start, rewritten during training, complete at its end."""
 
 from __future__ import annotations
 
+import io
 import shlex
 import statistics
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_files import PROJECT_DIR
+import numpy as np
+import numpy.typing as npt
+
+from comparison.index import write_index
+from comparison.pair import PairComparison
+from comparison.pair_page import pair_content
+from data_files import PROJECT_DIR, resolve_path
+from experiment.charts import draw_learning_curves
+from experiment.errors import RunError, nonfatal
+from experiment.files import relative_to_cwd
+from experiment.formatting import display_name, format_duration
 from experiment.identity import HYPERPARAMETERS
-from experiment.terminal import duration_line, folds_table, test_table
+from experiment.pages import render
+from experiment.plots import displayed_pixels
+from experiment.terminal import duration_line, print_line
 
 if TYPE_CHECKING:
     from experiment.prepare import Experiment
     from experiment.results import ExperimentResult
+    from experiment.run_directory import RunDirectory
+    from experiment.training import Checkpoint
 
+NAME = "report.html"
 SCRIPTS = ("main_cnn.py", "main_tutorial.py")
-CAPTIONS = {
-    "learning_curves.png": "Loss (left) and accuracy (right) after each epoch. If the training curve still improves "
-    "while the validation curve does not, the network memorises its training images (overfitting).",
-    "per_class.png": "F1 score of each class, the worst at the bottom: in each fold and on the test images.",
-    "confusion_matrix.png": "Rows are the true classes, columns the predicted classes.",
-    "mistakes.png": "The wrong predictions on the test images in which the network was most confident.",
-    "labels_to_check.png": "The training images whose label is least probable for the fold that holds them out. Look "
-    "whether the label is wrong. predictions.csv has all images: sort by label_doubt.",
-    "compare.png": "Differences from the nearest earlier run: in each fold, their mean, and its 95 % confidence "
-    "interval. The marker of the mean is filled if the difference is significant.",
+FOLDERS = {"data_dir": "data", "runs_dir": "runs"}  # their defaults in the scripts
+MAX_SHARE = 0.01  # of the training time, for rewriting the report
+SECONDS_ALIVE = 60  # after which the report is rewritten even if no epoch is done
+MIN_SILENCE = 600  # seconds without an update after which a page in the browser takes the run for killed
+# Heading, description of the picture and caption of each figure.
+FIGURES = {
+    "per_class.png": (
+        "F1 of each class",
+        "Dot plot with one row per class",
+        "F1 score of each class, the worst at the bottom: in each fold and on the test images.",
+    ),
+    "confusion_matrix.png": (
+        "Confusion matrix",
+        "Matrix of true and predicted classes",
+        "Rows are the true classes, columns the predicted classes.",
+    ),
+    "mistakes.png": (
+        "Most confident mistakes",
+        "Test images with their true and predicted classes",
+        "The wrong predictions on the test images in which the network was most confident.",
+    ),
 }
 
 
-def report_markdown(
-    result: ExperimentResult, experiment: Experiment, comparison_text: str, figure_names: list[str]
-) -> str:
-    """Return the content of report.md.
+class Report:
+    """The file report.html in a run's folder; it cannot end the run.
 
     Parameters
     ----------
-    result : ExperimentResult
     experiment : Experiment
-    comparison_text : str
-        How the run compares with an earlier one; "" if there is none.
-    figure_names : list of str
-        The figures that were saved beside the report.
+    folder : RunDirectory
     """
-    model = experiment.model
-    parts = [f"# {result.run_dir.name}", _summary(result), *_how_to_repeat(result, model.name)]
-    if comparison_text:
-        parts += ["## Did it help?", _code_block(comparison_text)]
-        parts += [_figure(name) for name in figure_names if name == "compare.png"]
-    parts += ["## Results", _code_block(folds_table(result))]
-    if result.final:
-        parts.append(_code_block(test_table(result.final)))
-    parts += [f"- {failure}" for failure in result.failures.values()]
-    parts.append(duration_line(result) + ".")
-    parts += ["## Epochs", _epochs_table(result)]
-    parts += ["## Figures", *[_figure(name) for name in figure_names if name != "compare.png"]]
-    parts += [f"## Network: {model.parameters:,} parameters", _code_block(model.printed)]
-    parts += ["## Environment", _environment_table(result.environment)]
-    parts += ["## Files", _list_of_files(result, model.name)]
-    return "\n\n".join(parts) + "\n"
+
+    def __init__(self, experiment: Experiment, folder: RunDirectory) -> None:
+        self._experiment = experiment
+        self._folder = folder
+        self._checkpoints: Mapping[str, Checkpoint] = {}
+        self._seconds_left: float | None = None
+        self._started = self._written = time.monotonic()
+        self._total_seconds = 0.0  # spent on rewriting
+        self._last_seconds = 0.05  # of the last rewriting
+        self._longest_interval = 0.0  # between two epochs
+        self._failed = False
+
+    def __enter__(self) -> Report:
+        """Write the report, and the page of all runs."""
+        self._write_unfinished("running")
+        with nonfatal("the page of all runs"):
+            write_index(self._folder.path.parent)
+        print_line(f"Report, which shows the progress: {relative_to_cwd(self._folder.path / NAME)}")
+        return self
+
+    def begin(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        """Show the epochs of a run that is resumed, given the checkpoint of each fit, by name."""
+        self._checkpoints = checkpoints
+        if any(checkpoint["history"] for checkpoint in checkpoints.values()):
+            self._write_unfinished("running")
+
+    def update(self, checkpoints: Mapping[str, Checkpoint], seconds_left: float | None) -> None:
+        """Show the epochs that are done, if that takes no more than its share of the time.
+
+        Parameters
+        ----------
+        checkpoints : mapping
+            The last checkpoint of each fit, by name.
+        seconds_left : float or None
+            About how long the remaining epochs will take, if that is known.
+        """
+        self._checkpoints, self._seconds_left = checkpoints, seconds_left
+        self._longest_interval = max(self._longest_interval, time.monotonic() - self._written)
+        self._rewrite()
+
+    def keep_alive(self) -> None:
+        """Show that the run is still running, at most once a minute."""
+        if time.monotonic() - self._written > SECONDS_ALIVE:
+            if self._seconds_left is not None:
+                self._seconds_left = max(1.0, self._seconds_left - (time.monotonic() - self._written))
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        begin = time.monotonic()
+        if self._failed or self._total_seconds + self._last_seconds > MAX_SHARE * (begin - self._started):
+            return
+        self._write_unfinished("running")
+        self._last_seconds = time.monotonic() - begin
+        self._total_seconds += self._last_seconds
+
+    def finish(self, result: ExperimentResult, comparison: PairComparison | str, figures: Mapping[str, bytes]) -> None:
+        """Write the complete report.
+
+        Parameters
+        ----------
+        result : ExperimentResult
+        comparison : PairComparison or str
+            How the run compares with its nearest run, or why it was not compared.
+        figures : mapping
+            The figures as PNG files, by file name.
+        """
+        with nonfatal(NAME):
+            self._folder.save(NAME, report_page(result, self._experiment, comparison, figures))
+
+    def __exit__(self, exception_type: type[BaseException] | None, exception: BaseException | None, _: object) -> None:
+        """After an error or an interruption, show which, and how to resume the run."""
+        if exception is None or not self._folder.path.is_dir() or (self._folder.path / "results.json").exists():
+            return
+        if isinstance(exception, KeyboardInterrupt):
+            number = exception.args[0] if exception.args else None
+            self._write_unfinished("interrupted", getattr(number, "name", "SIGINT"))
+        elif isinstance(exception, RunError):
+            self._write_unfinished("failed", str(exception))
+        else:  # the message could contain anything, also a secret
+            self._write_unfinished("failed", f"{type(exception).__name__}. The terminal shows the details.")
+
+    def _write_unfinished(self, state: str, reason: str = "") -> None:
+        """Write the report of a run that has no results yet; after a failure, it is not tried again while it runs."""
+        self._failed = True
+        with nonfatal(NAME):
+            experiment, silence = self._experiment, max(MIN_SILENCE, 4 * self._longest_interval)
+            page = unfinished_page(
+                experiment, self._folder.path, self._checkpoints, state, reason, self._seconds_left, silence
+            )
+            self._folder.save(NAME, page)
+            self._failed = False
+        self._written = time.monotonic()
 
 
-def _summary(result: ExperimentResult) -> str:
-    summary = "No final fit."
-    if result.final:
-        summary = f"Test accuracy **{result.final.accuracy:.4f}**, loss {result.final.loss:.4f}."
-    mean = result.cross_validation
-    if mean:
-        summary += (
-            f" Over {len(result.folds)} folds: accuracy {mean['accuracy_mean']:.4f} ± {mean['accuracy_std']:.4f}, "
-            f"loss {mean['loss_mean']:.4f} ± {mean['loss_std']:.4f} (± standard deviation)."
-        )
-    return summary
+@contextmanager
+def index_at_end(experiment: Experiment) -> Iterator[None]:
+    """Write the page of all runs at the end, however the run ends."""
+    try:
+        yield
+    finally:
+        runs_dir = resolve_path(experiment.config.runs_dir)
+        if runs_dir.is_dir():
+            with nonfatal("the page of all runs"):
+                write_index(runs_dir)
 
 
-def _how_to_repeat(result: ExperimentResult, network_name: str) -> list[str]:
-    """Return the command with every hyperparameter, because the script may be edited later.
+def unfinished_page(
+    experiment: Experiment,
+    run_dir: Path,
+    checkpoints: Mapping[str, Checkpoint],
+    state: str,
+    reason: str = "",
+    seconds_left: float | None = None,
+    max_silence: float = MIN_SILENCE,
+) -> bytes:
+    """Return the report of a run without results.
 
-    If no script of this repository trains the network, return the constants instead.
+    Parameters
+    ----------
+    experiment : Experiment
+    run_dir : Path
+    checkpoints : mapping
+        The last checkpoint of each fit, by name; empty before training.
+    state : str
+        "running", "interrupted" or "failed".
+    reason : str
+        The signal that interrupted it, or how it failed.
+    seconds_left : float, optional
+    max_silence : float
+        Seconds without an update after which the page in a browser takes the run for killed.
     """
-    values = {name: result.config[name] for name in HYPERPARAMETERS}
-    values |= {name: result.environment[name] for name in ("device", "precision")}
-    values["image_shape"] = tuple(values["image_shape"])
-    script = _script_name(network_name)
-    if script is None:
-        constants = [f"{name.upper()} = {value!r}" for name, value in values.items()]
-        return [f"To repeat this run, train {network_name} with these constants:", _code_block("\n".join(constants))]
+    names = [fit.name for fit in experiment.fits]
+    histories = {name: checkpoints[name]["history"] if checkpoints else [] for name in [*names[1:], names[0]]}
+    epochs = experiment.config.to_dict()["epochs"]
+    failures = [checkpoint["failure"] for checkpoint in checkpoints.values() if checkpoint["failure"]]
+    fits = []
+    for name, history in histories.items():
+        last = history[-1] if history else {}
+        accuracy = last.get("validation/accuracy", last.get("train/accuracy"))
+        fits.append({"name": name, "done": len(history), "accuracy": "" if accuracy is None else f"{accuracy:.4f}"})
+    content = _common_content(experiment, run_dir, histories) | {
+        "state": state,
+        "reason": reason,
+        "problems": failures,
+        "max_silence": f"{max_silence:.0f}",
+        "fits": fits,
+        "epochs": epochs,
+        "epochs_done": sum(map(len, histories.values())),
+        "epochs_total": epochs * len(histories),
+        "left": format_duration(seconds_left) if seconds_left else "",
+    }
+    return render("report.html.jinja", **content)
+
+
+def report_page(
+    result: ExperimentResult,
+    experiment: Experiment,
+    comparison: PairComparison | str,
+    figures: Mapping[str, bytes],
+) -> bytes:
+    """Return the complete report; see `Report.finish`."""
+    histories = {fold.name: fold.history for fold in result.folds}
+    if result.final:
+        histories["final"] = result.final.history
+    pair = None if isinstance(comparison, str) else comparison
+    content = _common_content(experiment, result.run_dir, histories, pair) | {
+        "state": "finished",
+        "problems": list(result.failures.values()),
+        "took": f"{duration_line(result).lower()}",
+        "result": _result_content(result),
+        "pair": pair_content(pair) if pair else None,
+        "why_no_pair": "" if pair else comparison,
+        "figures": _figures_content(result, figures),
+        "doubtful_labels": _doubtful_labels_content(result),
+        "without_rows": " and ".join(result.failures),
+        "file_names": list(figures),
+        "epoch_table": _epoch_table(result),
+        "environment": _environment_rows(result.environment),
+        "classify_command": _classify_command(result.run_dir, experiment.model.name),
+        "in_wandb": bool(result.environment.get("wandb_run_ids")),
+    }
+    return render("report.html.jinja", **content)
+
+
+def _common_content(
+    experiment: Experiment, run_dir: Path, histories: Mapping[str, Any], pair: PairComparison | None = None
+) -> dict[str, Any]:
+    """Return what the report shows in every state, and that what it shows in only one of them is missing."""
+    now = datetime.now().astimezone()
+    config, network = experiment.config.to_dict(), experiment.model.name
+    script = _script_name(network)
+    loss = accuracy = ""
+    if any(history for name, history in histories.items() if name != "final"):
+        loss, accuracy = (draw_learning_curves(histories, metric) for metric in ("loss", "accuracy"))
+    started = experiment.environment["started"]
+    with suppress(ValueError):
+        started = f"{datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
+    command = _repeat_command(script, config, experiment.environment) if script else ""
+    return {
+        "title": f"{network} on {config['dataset']}",
+        "name": run_dir.name,
+        "started": started,
+        "took": "",
+        "updated": f"{now:%H:%M:%S}",
+        "updated_seconds": f"{now.timestamp():.0f}",
+        "max_silence": MIN_SILENCE,
+        "result": None,
+        "pair": None,
+        "network": network,
+        "repeat_command": command,
+        "resume_command": command,
+        "constants": _constants(config, experiment.environment),
+        "loss_curves": loss,
+        "accuracy_curves": accuracy,
+        "has_final_curve": bool(histories.get("final")),
+        "parameters": f"{experiment.model.parameters:,}",
+        "printed": experiment.model.printed,
+        "nearest_name": pair.before.path.name if pair else "",
+        "settings": _settings_rows(config, experiment.environment, pair),
+        "environment": _environment_rows(experiment.environment),
+    }
+
+
+def _values_to_repeat(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every hyperparameter, because the script may be edited later, and where it was computed."""
+    values = {name: config[name] for name in HYPERPARAMETERS}
+    values |= {name: environment[name] for name in ("device", "precision")}
+    return values | {"image_shape": tuple(values["image_shape"])}
+
+
+def _repeat_command(script: str, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Return the command that repeats the run; while the run is unfinished, it resumes it."""
+    values = _values_to_repeat(config, environment)
     values["image_shape"] = "x".join(map(str, values["image_shape"]))
+    for name, default in FOLDERS.items():
+        if name in config and resolve_path(config[name]) != PROJECT_DIR / default:
+            values[name] = config[name]
     options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in values.items()]
-    return ["To repeat this run:", _code_block(" ".join(["python", script, *options]))]
+    return " ".join(["python", script, *options])
+
+
+def _constants(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    values = _values_to_repeat(config, environment)
+    return "\n".join(f"{name.upper()} = {value!r}" for name, value in values.items())
 
 
 def _script_name(network_name: str) -> str | None:
@@ -107,62 +330,140 @@ def _file_contains(path: Path, line: str) -> bool:
     return path.is_file() and line in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _epochs_table(result: ExperimentResult) -> str:
-    """Return the means over the folds after each epoch, also of metrics that the user added to `run_epoch`."""
-    histories = [fold.history for fold in result.folds]
-    standard = {"train/loss": "training: loss", "train/accuracy": "accuracy"}
-    standard |= {"validation/loss": "validation: loss", "validation/accuracy": "accuracy"}
-    recorded = list(histories[0][0]) if histories else []
-    own = {name: name for name in recorded if name not in {"epoch", "learning_rate", *standard}}
-    columns = standard | own
-    lines = [f"| epoch | {' | '.join(columns.values())} |", f"| --- |{' --- |' * len(columns)}"]
-    for epochs in zip(*histories, strict=True):
-        cells = [f"{epochs[0]['epoch']}"]
-        for name in columns:
-            cells.append(f"{statistics.fmean(epoch[name] for epoch in epochs):.4f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _environment_table(environment: dict[str, Any]) -> str:
-    lines = ["| what | value |", "| --- | --- |"]
-    for name, value in environment.items():
-        if name == "seconds" or not value:
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        lines.append(f"| {name.replace('_', ' ')} | {value} |")
-    return "\n".join(lines)
-
-
-def _list_of_files(result: ExperimentResult, network_name: str) -> str:
-    lines = ["- `results.json`: every metric at full precision; `config.json`: the settings."]
-    lines.append(
-        "- `predictions.csv`: what is predicted for each training image, out of fold, and for each test image."
-    )
-    if result.failures:
-        lines[-1] += f" It has no rows of {' and '.join(result.failures)}."
-    if result.final:
-        lines.append("- `model.pt`: the parameters of the final network, for `load_state_dict`.")
-        command = _classify_command(result.run_dir, network_name)
-        lines.append(f"- `{command}` prints what the final network predicts for a picture of yours.")
-    if result.environment["wandb_run_ids"]:
-        lines.append(f"- Weights & Biases: the runs of the group `{result.run_dir.name}`.")
-    return "\n".join(lines)
-
-
 def _classify_command(run_dir: Path, network_name: str) -> str:
-    command = f"python classify.py picture.png --run {run_dir.name}"
+    command = f"python classify.py picture.png --run {shlex.quote(run_dir.name)}"
     if run_dir.parent != PROJECT_DIR / "runs":
         command += f" --runs-dir {shlex.quote(str(run_dir.parent))}"
     if not _file_contains(PROJECT_DIR / "models.py", f"class {network_name}("):
-        command += f" --network file.py:{network_name}"
+        command += f" --network {shlex.quote(f'file.py:{network_name}')}"
     return command
 
 
-def _figure(name: str) -> str:
-    return f"![{name}]({name})\n\n{CAPTIONS[name]}"
+def _settings_rows(
+    config: Mapping[str, Any], environment: Mapping[str, Any], pair: PairComparison | None
+) -> list[dict[str, Any]]:
+    values = _values_to_repeat(config, environment)
+    values |= {"threads": environment.get("threads_per_fit"), "workers": environment.get("workers")}
+    rows = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        there = getattr(pair.before.identity, name, "") if pair else ""
+        row_name = name if name == "threads" else name.upper()
+        differs = there != "" and str(value) != str(there)
+        rows.append({"name": row_name, "value": str(value), "there": str(there), "differs": differs})
+    return rows
 
 
-def _code_block(text: str) -> str:
-    return f"```\n{text}\n```"
+def _result_content(result: ExperimentResult) -> dict[str, Any]:
+    content: dict[str, Any] = {"test": None, "classes": [], "mean": None}
+    content["folds"] = [
+        {"name": fold.name, "accuracy": f"{fold.accuracy:.4f}", "loss": f"{fold.loss:.4f}"} for fold in result.folds
+    ]
+    mean = result.cross_validation
+    if mean:
+        content["mean"] = {
+            metric: f"{mean[f'{metric}_mean']:.4f} ± {mean[f'{metric}_std']:.4f}" for metric in ("accuracy", "loss")
+        }
+    if result.final:
+        images = int(result.final.report["macro avg"]["support"])
+        content["test"] = {
+            "accuracy": f"{result.final.accuracy:.4f}",
+            "loss": f"{result.final.loss:.4f}",
+            "images": f"{images:,}",
+        }
+        for name, row in result.final.report.items():
+            if isinstance(row, dict):
+                scores = {"precision": row["precision"], "recall": row["recall"], "f1": row["f1-score"]}
+                cells = {score: f"{value:.4f}" for score, value in scores.items()}
+                content["classes"].append({"name": display_name(name), "support": f"{row['support']:,.0f}"} | cells)
+    return content
+
+
+def _figures_content(result: ExperimentResult, figures: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Return the figures that the page contains; learning curves and comparison are drawn by the page itself."""
+    content = []
+    for name, (heading, description, caption) in FIGURES.items():
+        if name in figures:
+            alt = f"{description}. {_figure_summary(name, result)}"
+            figure_id = name.removesuffix(".png")
+            content.append({"id": figure_id, "heading": heading, "alt": alt, "caption": caption, "png": figures[name]})
+    return content
+
+
+def _doubtful_labels_content(result: ExperimentResult) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": doubtful.name,
+            "label": display_name(doubtful.label),
+            "predicted": display_name(doubtful.predicted),
+            "probability": f"{100 * doubtful.probability:.2g} %",
+            "png": _png_of_pixels(displayed_pixels(doubtful.image, result.is_light_on_dark)),
+        }
+        for doubtful in result.doubtful_labels
+    ]
+
+
+def _png_of_pixels(pixels: npt.NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, format="png")
+    return png.getvalue()
+
+
+def _figure_summary(name: str, result: ExperimentResult) -> str:
+    """Return what a figure of the final network shows, in words."""
+    final = result.final
+    if final is None:
+        return ""
+    classes = final.classes
+    if name == "per_class.png":
+        best_first = sorted(classes, key=lambda each: -final.report[each]["f1-score"])
+        best, worst = (
+            f"{display_name(each)} {final.report[each]['f1-score']:.3f}" for each in (best_first[0], best_first[-1])
+        )
+        return f"Best on the test images: {best}; worst: {worst}."
+    if name == "confusion_matrix.png":
+        mistakes = []
+        for true, row in zip(classes, final.confusion, strict=True):
+            mistakes += [
+                (count, true, predicted) for predicted, count in zip(classes, row, strict=True) if predicted != true
+            ]
+        count, true, predicted = max(mistakes, default=(0, "", ""))
+        if not count:
+            return "No class is confused with another."
+        return (
+            f"Most frequent confusion: {count} images of {display_name(true)} predicted as {display_name(predicted)}."
+        )
+    shown = [
+        f"{display_name(each.true)} predicted as {display_name(each.predicted)} ({100 * each.probability:.1f} %)"
+        for each in result.mistakes[:6]
+    ]
+    return f"{len(result.mistakes)} images; the first: {'; '.join(shown)}." if shown else "There are no mistakes."
+
+
+def _epoch_table(result: ExperimentResult) -> dict[str, list[Any]]:
+    """Return the means over the folds after each epoch, also of metrics that the user added to `run_epoch`."""
+    histories = [fold.history for fold in result.folds]
+    standard = {"train/loss": "training loss", "train/accuracy": "training accuracy"}
+    standard |= {"validation/loss": "validation loss", "validation/accuracy": "validation accuracy"}
+    recorded = list(histories[0][0]) if histories else []
+    own = {name: name for name in recorded if name not in {"epoch", "learning_rate", *standard}}
+    columns = standard | own
+    rows = []
+    for epochs in zip(*histories, strict=True):
+        means = [f"{statistics.fmean(epoch[name] for epoch in epochs):.4f}" for name in columns]
+        rows.append([f"{epochs[0]['epoch']}", *means])
+    return {"columns": ["epoch", *columns.values()], "rows": rows}
+
+
+def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in environment.items():
+        if name in ("seconds", "wandb_run_ids", "started") or not value:
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        rows.append((name.replace("_", " "), str(value)))
+    return rows

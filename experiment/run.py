@@ -5,18 +5,18 @@ from concurrent.futures import Executor
 
 from torch import nn
 
-from comparison.pair import compare_with_nearest
+from comparison.pair import PairComparison, compare_with_nearest
 from experiment.errors import RunError, nonfatal
 from experiment.executors import make_executor
 from experiment.files import relative_to_cwd
 from experiment.plots import draw_figures, png_bytes
 from experiment.predictions import predictions_csv
 from experiment.prepare import Experiment, prepare
-from experiment.report import report_markdown
+from experiment.report import Report, index_at_end
 from experiment.results import ExperimentResult, make_result
 from experiment.run_directory import RunDirectory
 from experiment.settings import TrainingConfig
-from experiment.terminal import duration_line, folds_table, print_line, show_images, test_table
+from experiment.terminal import duration_line, folds_table, print_line, show_page, test_table
 from experiment.training import train_all
 from experiment.wandb_logging import WandbRuns
 
@@ -54,34 +54,36 @@ def run_experiment(
     """
     with make_executor(config, executor) as pool:
         experiment = prepare(model_class, config, pool)
-        with RunDirectory(experiment) as folder, WandbRuns(experiment, folder) as runs:
-            checkpoints = train_all(experiment, pool, folder, runs)
+        with (
+            index_at_end(experiment),
+            RunDirectory(experiment) as folder,
+            Report(experiment, folder) as report,
+            WandbRuns(experiment, folder) as runs,
+        ):
+            checkpoints = train_all(experiment, pool, folder, runs, report)
             result = make_result(experiment, checkpoints, folder)
-            publish(result, experiment, folder, runs)
+            publish(result, experiment, folder, runs, report)
     raise_for_failures(result)
     return result
 
 
-def publish(result: ExperimentResult, experiment: Experiment, folder: RunDirectory, runs: WandbRuns) -> None:
+def publish(
+    result: ExperimentResult, experiment: Experiment, folder: RunDirectory, runs: WandbRuns, report: Report
+) -> None:
     """Save the figures, the report and results.json, print the tables, and log all of it to W&B."""
     result.environment["wandb_run_ids"] = runs.ids
     figures: dict[str, bytes] = {}
     with nonfatal("the figures"):
         figures = draw_figures(result)
-    comparison = ""
+    comparison: PairComparison | str = ""
     with nonfatal("a comparison"):
-        nearest = compare_with_nearest(folder.path, result.to_dict(), experiment.identity)
-        if isinstance(nearest, str):
-            comparison = nearest
-        else:
-            comparison = nearest.text
-            figures["compare.png"] = png_bytes(nearest.figure())
+        comparison = compare_with_nearest(folder.path, result.to_dict(), experiment.identity)
+        if not isinstance(comparison, str):
+            figures["compare.png"] = png_bytes(comparison.figure())
     for name, content in figures.items():
         folder.save(name, content)
     folder.save("predictions.csv", predictions_csv(result.predictions, experiment.dataset.class_names))
-    with nonfatal("report.md"):
-        report = report_markdown(result, experiment, comparison, list(figures))
-        folder.save("report.md", report.encode(errors="replace"))
+    report.finish(result, comparison, figures)
 
     print_line(f"\n{folds_table(result)}")
     if result.final:
@@ -91,12 +93,12 @@ def publish(result: ExperimentResult, experiment: Experiment, folder: RunDirecto
     command = runs.upload_command()
     if command:
         print_line(f"\nW&B: upload the runs with\n  {command}")
-    print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.md')}")
+    print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.html')}")
     if comparison:
-        print_line(f"\n{comparison}")
+        print_line(f"\n{comparison if isinstance(comparison, str) else comparison.text}")
     folder.finish(result.to_dict())
-    with nonfatal("the figures under the cell"):
-        show_images(folder.path / name for name in figures)
+    with nonfatal("the report under the cell"):
+        show_page(folder.path / "report.html")
 
 
 def raise_for_failures(result: ExperimentResult) -> None:

@@ -88,7 +88,7 @@ class RunDirectory:
         self._lock = FileLock(path / ".lock")
         with nonfatal("a lock"):  # some network file systems have none
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0.2)  # the page of all runs tests locks for a moment
             except Timeout:
                 return False
         if (path / "results.json").exists():  # another process finished it between the two lines above

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -99,13 +101,18 @@ class Progress:
 
     def _print_estimate(self) -> None:
         """Print once about how long the remaining epochs will take."""
+        seconds = self.seconds_left()
+        if seconds:
+            print_line(f"       │ about {format_duration(seconds)} left")
+            self._has_estimate = True
+
+    def seconds_left(self) -> float | None:
+        """Return about how long the remaining epochs will take; None if no epoch is done yet."""
         done = self._epochs_done()
         done_now = done - self._epochs_resumed
-        remaining = self._total_epochs() - done
-        if done_now and remaining:
-            seconds_per_epoch = (time.monotonic() - self._started) / done_now
-            print_line(f"       │ about {format_duration(seconds_per_epoch * remaining)} left")
-            self._has_estimate = True
+        if not done_now:
+            return None
+        return (time.monotonic() - self._started) / done_now * (self._total_epochs() - done)
 
     def __enter__(self) -> Progress:
         return self
@@ -160,16 +167,18 @@ def _redirect_to_null(stream: TextIO) -> None:
     os.close(null)
 
 
-def show_images(paths: Iterable[Path]) -> None:
-    """Show images below the cell if this runs in a notebook."""
+def show_page(path: Path) -> None:
+    """Show an HTML page below the cell if this runs in a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None or not hasattr(shell, "kernel"):
         return
-    from IPython.display import Image, display
+    from IPython.display import HTML, display
 
-    for path in paths:
-        display(Image(filename=str(path)))
+    page = html.escape(path.read_text(encoding="utf-8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of IPython, which recommends IFrame; a server may not serve the page's folder
+        display(HTML(f'<iframe srcdoc="{page}" title="Report" style="width: 100%; height: 45em; border: 0"></iframe>'))
 
 
 def folds_table(result: ExperimentResult) -> str:

@@ -12,11 +12,10 @@ import torch
 import train_utils
 from experiment.errors import RunError, end_traceback_at_user_code
 from experiment.executors import WorkerDiedError, submit
-from experiment.files import relative_to_cwd
-from experiment.plots import GrowingCurves
 from experiment.prepare import Experiment
+from experiment.report import Report
 from experiment.run_directory import RunDirectory, serialize
-from experiment.terminal import Progress, print_line, warn
+from experiment.terminal import Progress, warn
 from experiment.wandb_logging import WandbRuns
 from train_utils import Fit, Metrics, RemoteError, State, call_safely
 
@@ -24,7 +23,9 @@ MAX_RETRIES = 3  # times that the same epoch may be lost, for example because a 
 Checkpoint = dict[str, Any]  # "state", "history", "evaluation" after the last epoch, "failure" if the fit diverged
 
 
-def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs: WandbRuns) -> dict[str, Checkpoint]:
+def train_all(
+    experiment: Experiment, pool: Executor, folder: RunDirectory, runs: WandbRuns, report: Report
+) -> dict[str, Checkpoint]:
     """Train all fits concurrently, from their checkpoints to their last epoch, and save the final model.
 
     Returns
@@ -46,17 +47,16 @@ def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs
     running: dict[Future[Any], Fit] = {}
     completed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     retries: Counter[str] = Counter()  # of the epoch that each fit is in
-    print_line(f"The learning curves are drawn from the second minute on, in\n  {relative_to_cwd(folder.path)}")
-    curves = GrowingCurves(folder.save)
     with Progress([fit.name for fit in fits], experiment.config.epochs) as progress:
         diverged = [name for name, checkpoint in checkpoints.items() if checkpoint["failure"]]
         progress.begin({name: checkpoint["history"] for name, checkpoint in checkpoints.items()}, diverged)
+        report.begin(checkpoints)
         try:
             while waiting or running:
                 while waiting and len(running) < _max_in_flight(experiment):
                     fit = waiting.pop(0)
                     running[_submit_epoch(pool, fit, checkpoints[fit.name], completed)] = fit
-                future = _wait_for_next(completed)
+                future = _wait_for_next(completed, report)
                 fit = running.pop(future)
                 if _was_lost(future):
                     retries[fit.name] += 1
@@ -73,7 +73,7 @@ def train_all(experiment: Experiment, pool: Executor, folder: RunDirectory, runs
                     fit.name, checkpoint["history"][-1], diverged=checkpoint["failure"] is not None
                 )
                 if all_folds_done:
-                    curves.draw(progress.histories)
+                    report.update(checkpoints, progress.seconds_left())
                 if _is_unfinished(fit, checkpoint):
                     waiting.append(fit)
         finally:
@@ -119,11 +119,12 @@ def _submit_epoch(
     return future
 
 
-def _wait_for_next(completed: queue.SimpleQueue[Future[Any]]) -> Future[Any]:
-    """Return the next future that is done. (`concurrent.futures.wait` can leave futures locked after Ctrl-C.)"""
-    while True:
+def _wait_for_next(completed: queue.SimpleQueue[Future[Any]], report: Report) -> Future[Any]:
+    """Return the next future that is done; until then, the report shows that the run is still running."""
+    while True:  # `concurrent.futures.wait` can leave futures locked after Ctrl-C
         with contextlib.suppress(queue.Empty):
             return completed.get(timeout=1)  # without a timeout, Windows does not deliver Ctrl-C
+        report.keep_alive()
 
 
 def _was_lost(future: Future[Any]) -> bool:

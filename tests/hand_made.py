@@ -16,7 +16,7 @@ from data_utils import Dataset
 from experiment.model_check import ModelSummary
 from experiment.results import ExperimentResult, make_result
 
-FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png", "labels_to_check.png")
+FIGURES = ("learning_curves.png", "per_class.png", "confusion_matrix.png", "mistakes.png")
 CLASS_NAMES = ["Coat", "Shirt", "Hat", "Bag"]
 COAT, SHIRT, HAT, BAG = range(4)
 # For each image: the true class, the predicted class and its probability.

@@ -1,5 +1,6 @@
 """The command compare.py: its arguments and output."""
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Configure, start_python
-from PIL import Image
 from synthetic_runs import BASE, BETTER, NOISE, make_run
 
 import main_tutorial
@@ -44,9 +44,9 @@ def test_without_names_all_comparable_runs_are_shown(command: Run, before: Path)
     output, status = command()
     assert status == 0 and output.startswith("Baseline: runs/before\n  the oldest of 2 comparable runs in runs; ")
     assert "MIRROR False → True" in output and "1 on KMNIST" in output
-    assert output.endswith("\nSaved runs/after/overview.png\n")
-    with Image.open(before.parent / "after" / "overview.png") as picture:
-        assert picture.format == "PNG" and picture.width > picture.height
+    assert output.endswith("\n\nPage of all runs: runs/index.html\n")
+    page = (before.parent / "index.html").read_text(encoding="utf-8")
+    assert page.count("<tbody>") == 2 and "MIRROR False → True" in page and "KMNIST, 5 folds" in page
 
 
 def test_single_run_has_nothing_to_be_compared_with(command: Run, before: Path) -> None:
@@ -68,7 +68,9 @@ def test_one_name_is_compared_with_its_nearest_run(command: Run, before: Path) -
     make_run(before.parent / "two", BETTER, minutes=2, mirror=True, epochs=3)
     output, status = command("two")
     assert status == 0 and output.startswith("runs/two\nCompared with runs/one\n  EPOCHS 10 → 3\n")
-    assert not list(before.parent.rglob("*.png"))
+    assert output.endswith("\nPage: runs/two/compared-with-one.html\n")
+    page = (before.parent / "two" / "compared-with-one.html").read_text(encoding="utf-8")
+    assert "<li>EPOCHS 10 → 3</li>" in page and page.count('<svg class="plot"') == 4  # two metrics, two classes
 
 
 @pytest.mark.parametrize("name", ["runs/two", "runs/two/", "./runs/two", "two/", "../{folder}/runs/two"])
@@ -202,13 +204,27 @@ def test_command_imports_neither_torch_nor_matplotlib_for_a_pair(before: Path, t
     assert output.endswith("set()\n"), errors
 
 
-def test_figure_is_saved_when_the_output_is_closed(before: Path, tmp_path: Path) -> None:
+def test_page_is_written_when_the_output_is_closed(before: Path, tmp_path: Path) -> None:
     make_run(before.parent / "after", BETTER, minutes=1)
     process = start_python(tmp_path, str(REPOSITORY / "compare.py"), "--runs-dir", "runs")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()  # as `| head` does
     assert (process.wait(60), process.stderr.read()) == (0, "")
-    assert (before.parent / "after" / "overview.png").exists()
+    assert (before.parent / "index.html").exists()
+
+
+def test_page_that_cannot_be_written_costs_one_line(
+    command: Run, before: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(before.parent / "after", BETTER, minutes=1)
+    (before.parent / "index.html").mkdir()
+    (before.parent / "after" / "compared-with-before.html").mkdir()
+    for names, what in (((), "the page of all runs"), (("after",), "the page")):
+        monkeypatch.setattr("sys.stderr", errors := io.StringIO())
+        output, status = command(*names)
+        assert status == 0 and "better" in output and "Page" not in output
+        lines = errors.getvalue().splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"Without {what}: RunError: ")
 
 
 def test_real_run_is_compared_in_the_terminal_and_in_its_report(
@@ -216,9 +232,11 @@ def test_real_run_is_compared_in_the_terminal_and_in_its_report(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     first = configure(main_tutorial, EPOCHS=1, WORKERS=1).main()
-    for text in (capsys.readouterr().out, (first.run_dir / "report.md").read_text()):
+    for text in (capsys.readouterr().out, (first.run_dir / "report.html").read_text()):
         assert "First finished run: there is nothing to compare it with yet." in text and "Compared" not in text
     second = configure(main_tutorial, EPOCHS=1, WORKERS=1, BATCH_SIZE=256).main()
-    for text in (capsys.readouterr().out, (second.run_dir / "report.md").read_text()):
-        assert f"Compared with runs/{first.run_dir.name}\n  BATCH_SIZE 64 → 256\n  accuracy  " in text
+    assert f"Compared with runs/{first.run_dir.name}\n  BATCH_SIZE 64 → 256\n  accuracy  " in capsys.readouterr().out
+    report = (second.run_dir / "report.html").read_text(encoding="utf-8")
+    assert f"Compared with <strong>{first.run_dir.name}</strong>" in report and "<li>BATCH_SIZE 64 → 256</li>" in report
+    assert '<td class="text"><mark>256</mark></td>' in report
     assert (second.run_dir / "compare.png").exists()

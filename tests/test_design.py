@@ -15,11 +15,13 @@ SCRIPTS = {"main_cnn", "main_tutorial", "compare", "classify"}
 FOR_WORKERS = ["train_utils", "data_files", "data_utils"]
 EXPERIMENT = (
     "run settings resources prepare model_check identity training executors run_directory results terminal formatting "
-    "predictions plots report wandb_logging wandb_key wandb_sweep files errors"
+    "predictions plots charts pages report wandb_logging wandb_key wandb_sweep files errors"
 ).split()
-COMPARISON = "run_reader changes statistics pair overview forest_plot".split()
-ALLOWED_IN_COMPARISON = {f"experiment.{name}" for name in ("identity", "files", "errors", "formatting", "plots")}
-HEAVY = "torchvision sklearn scipy wandb matplotlib pydantic joblib"
+COMPARISON = "run_reader changes statistics pair pair_page overview index forest_plot".split()
+ALLOWED_IN_COMPARISON = {
+    f"experiment.{name}" for name in ("identity", "files", "errors", "formatting", "plots", "charts", "pages")
+}
+HEAVY = "torchvision sklearn scipy wandb matplotlib pydantic joblib jinja2"
 
 
 def module_name(path: Path) -> str:
@@ -109,7 +111,7 @@ import main_cnn, main_tutorial, compare, classify
 assert signals == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 assert before == (sys.excepthook, sys.stdin, sys.stdout, sys.stderr, logging.root.level, logging.root.handlers)
 assert logging.getLogger("matplotlib").level == logging.NOTSET
-print(*({"wandb", "sklearn", "scipy", "matplotlib", "torchvision", "dask", "distributed"} & set(sys.modules)))
+print(*({"wandb", "sklearn", "scipy", "matplotlib", "torchvision", "dask", "distributed", "jinja2"} & set(sys.modules)))
 """
 
 

@@ -25,8 +25,17 @@ README, TUTORIAL = REPOSITORY / "README.md", REPOSITORY / "docs" / "tutorial.md"
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 FOLDERS = (".", "experiment", "comparison", "docs", "tests", "tests/benchmarks")
-FILES_OF_A_RUN = {"report.md", "results.json", "config.json", "model.pt", "learning_curves.png", "compare.png"}
-FILES_OF_A_RUN |= {"per_class.png", "confusion_matrix.png", "mistakes.png", "labels_to_check.png", "predictions.csv"}
+FILES_OF_A_RUN = {
+    "report.html",
+    "index.html",
+    "results.json",
+    "config.json",
+    "model.pt",
+    "learning_curves.png",
+    "compare.png",
+    "predictions.csv",
+}
+FILES_OF_A_RUN |= {"per_class.png", "confusion_matrix.png", "mistakes.png"}
 FILES_OF_THE_READER = {"picture.png"}
 OTHER_NAMES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "CLASS_NAMES"}
 # Options that a page names without their program are those of main_cnn.py, except:

@@ -107,7 +107,7 @@ def test_figures_and_a_comparison_that_fail_cost_one_line_each(
     monkeypatch.setattr(run, "compare_with_nearest", fail)
     result = configure(main_tutorial, EPOCHS=1).main()
     assert "Without the figures: MemoryError: no memory\nWithout a comparison: MemoryError" in capfd.readouterr().err
-    assert (result.run_dir / "results.json").exists() and (result.run_dir / "report.md").exists()
+    assert (result.run_dir / "results.json").exists() and (result.run_dir / "report.html").exists()
 
 
 @pytest.mark.slow

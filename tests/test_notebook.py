@@ -1,4 +1,4 @@
-"""In a notebook: a script that is pasted into a cell runs, its figures appear under it, a mistake is one message."""
+"""In a notebook: a script that is pasted into a cell runs, its report appears under it, a mistake is one message."""
 
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ def text_of(outputs: list[dict[str, Any]]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [main_cnn, main_tutorial])
-def test_script_pasted_into_a_cell_runs_and_shows_its_figures(script: Any, tmp_path: Path) -> None:
+def test_script_pasted_into_a_cell_runs_and_shows_its_report(script: Any, tmp_path: Path) -> None:
     outputs = run_cell(tmp_path, script)
     assert "Report, with pictures: runs/" in text_of(outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    (frame,) = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert frame.startswith("<iframe srcdoc=") and frame.count("data:image/png") == 3
     assert not [output for output in outputs if output["output_type"] == "error"]
 
 

@@ -1,7 +1,6 @@
-"""Several runs compared with a baseline: the text and the figure."""
+"""Several runs compared with a baseline: the text."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,25 +266,3 @@ def test_folder_without_comparable_runs_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigurationError) as error:
         overview_of_all(Path("runs"))
     assert str(error.value).splitlines() == ["There is nothing in runs to compare runs/only with.", note]
-
-
-def test_figure_has_one_row_per_run_the_best_at_the_top(ten_runs: list[FinishedRun]) -> None:
-    panels: list[Any] = overview_of(ten_runs[0], ten_runs[1:], ten_runs[0].path.parent).figure().axes
-    accuracy, loss = panels
-    labels = [label.get_text() for label in accuracy.get_yticklabels()]
-    assert len(labels) == 9 and labels[0] == "26 Nov 18:32 EPOCHS 10 → 3" and "26 Nov 18:37 repetition" in labels
-    assert [panel.get_title() for panel in panels] == ["accuracy", "loss"]
-    assert not any(label.get_visible() for label in loss.get_yticklabels())
-    means = [panel.collections[-1].get_offsets()[0][0] for panel in panels]
-    assert means == pytest.approx([0.039, -0.039])
-
-
-@pytest.mark.parametrize(
-    ("count", "runs"), [(1, "1 run"), (2, "2 runs"), (40, "40 runs"), (41, "The 40 best of 41 runs")]
-)
-def test_title_of_the_figure_has_the_number_of_runs(count: int, runs: str, before: Path) -> None:
-    other = read_run(make_run(before.parent / "other", NOISE))
-    others = [replace(other, path=other.path.with_name(f"other-{number}")) for number in range(count)]
-    figure = overview_of(read_run(before), others, before.parent).figure()
-    assert figure.get_suptitle().startswith(f"{runs} compared with ")
-    assert len(figure.axes[0].get_yticklabels()) == min(count, 40)

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hand_made import BAG, FIGURES, HISTORIES, SHIRT, Clock, make_hand_made_result
+from hand_made import BAG, FIGURES, HISTORIES, SHIRT, make_hand_made_result
 from PIL import Image
 
-from experiment import plots
-from experiment.plots import BLUE, ORANGE, GrowingCurves, draw_figures, draw_learning_curves, make_figures, png_bytes
+from experiment.plots import BLUE, ORANGE, draw_figures, draw_learning_curves, make_figures, png_bytes
 from experiment.results import ExperimentResult
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def test_figures_are_png_files_without_a_display(result: ExperimentResult, monke
 
 def test_diverged_fits_leave_out_the_figures_that_need_them(result: ExperimentResult) -> None:
     without_final = replace(result, final=None, mistakes=[])
-    assert list(make_figures(without_final)) == ["learning_curves.png", "labels_to_check.png"]
-    assert tuple(make_figures(replace(result, folds=[]))) == FIGURES[1:-1]
+    assert list(make_figures(without_final)) == ["learning_curves.png"]
+    assert tuple(make_figures(replace(result, folds=[]))) == FIGURES[1:]
     assert make_figures(replace(without_final, folds=[])) == {}
 
 
@@ -229,48 +228,6 @@ def test_mistakes_are_shown_six_per_row() -> None:
     assert heights[13] - heights[7] == pytest.approx(heights[7] - heights[6])
 
 
-def test_doubtful_labels_are_shown_with_their_index_label_and_prediction(figures: dict[str, "Figure"]) -> None:
-    panels = [panel for panel in figures["labels_to_check.png"].axes if panel.images]
-    assert [panel.get_title().splitlines()[0] for panel in panels] == ["1", "2", "5"]
-    assert panels[0].get_title() == "1\nlabel: Coat (3.3 %)\npredicted: Shirt"
-
-
 def test_network_without_mistakes_has_a_figure_without_images(result: ExperimentResult) -> None:
     figure = make_figures(replace(result, mistakes=[]))["mistakes.png"]
     assert figure.get_suptitle() == "No mistakes on the test images"
-
-
-# The curves during training
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(plots, "time", clock)
-    return clock
-
-
-def test_curves_are_drawn_during_training_in_at_most_a_hundredth_of_the_time(clock: Clock) -> None:
-    saved = []
-
-    def save(name: str, content: bytes) -> None:
-        assert content.startswith(b"\x89PNG")
-        saved.append(name)
-        clock.now += 2  # seconds per drawing
-
-    growing = GrowingCurves(save)
-    # At second 400, 2 seconds have been spent, and 2 more would make 4.
-    for second, drawings in ((99, 0), (101, 1), (399, 1), (401, 2), (599, 2), (601, 3)):
-        clock.now = 1000 + second
-        growing.draw(HISTORIES)
-        assert saved == ["learning_curves.png"] * drawings, second
-
-
-def test_curves_that_cannot_be_saved_do_not_end_the_run(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(name: str, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    growing = GrowingCurves(refuse)
-    clock.now += 1000
-    growing.draw(HISTORIES)
-    assert capsys.readouterr().err.startswith("Without learning_curves.png during training: OSError: ")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import re
 import signal
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ import main_tutorial
 from data_files import load_dataset
 from experiment.errors import RunError
 from experiment.executors import SerialExecutor
+from experiment.pages import png_uri
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
@@ -63,7 +63,7 @@ def test_the_result_of_a_fold_is_its_last_validation(cnn_result: ExperimentResul
 
 def test_a_finished_run_directory_has_no_checkpoint(cnn_result: ExperimentResult) -> None:
     names = sorted(path.name for path in cnn_result.run_dir.iterdir())
-    assert names == sorted(["config.json", "model.pt", "report.md", "results.json", *FIGURES])
+    assert names == sorted(["config.json", "model.pt", "report.html", "results.json", *FIGURES])
 
 
 def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: ExperimentResult) -> None:
@@ -200,9 +200,10 @@ def test_a_network_that_cannot_be_used_is_one_line_with_status_2(
 
 
 def test_the_report_shows_every_figure(cnn_result: ExperimentResult) -> None:
-    report = (cnn_result.run_dir / "report.md").read_text(encoding="utf-8")
-    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", report)
-    assert set(FIGURES) <= set(shown) and all((cnn_result.run_dir / name).is_file() for name in shown)
+    report = (cnn_result.run_dir / "report.html").read_text(encoding="utf-8")
+    for name in set(FIGURES) - {"learning_curves.png"}:  # these are drawn as SVG
+        assert png_uri((cnn_result.run_dir / name).read_bytes()) in report
+    assert report.count('<svg class="chart"') == 2
 
 
 class Losing(Executor):

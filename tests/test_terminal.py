@@ -267,16 +267,16 @@ def test_duration_line(resumed: bool, line: str, result: ExperimentResult) -> No
 # Notebooks (`test_notebook.py` has a real one)
 
 
-def test_images_are_shown_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shown: list[bytes] = []
-    monkeypatch.setattr(IPython.display, "display", lambda image: shown.append(image.data))
-    paths = [tmp_path / "one.png", tmp_path / "two.png"]
-    for path in paths:
-        path.write_bytes(path.stem.encode())
+def test_page_is_shown_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(IPython.display, "display", lambda page: shown.append(page.data))
+    path = tmp_path / "page.html"
+    path.write_text('<p title="a">é</p>', encoding="utf-8")
     for shell in (None, SimpleNamespace()):  # plain Python, IPython in a terminal
         monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
-        terminal.show_images(paths)
+        terminal.show_page(path)
         assert shown == []
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel="a kernel"))
-    terminal.show_images(paths)
-    assert shown == [b"one", b"two"]
+    terminal.show_page(path)
+    (frame,) = shown
+    assert 'srcdoc="&lt;p title=&quot;a&quot;&gt;é&lt;/p&gt;"' in frame

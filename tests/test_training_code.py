@@ -197,7 +197,8 @@ def test_a_metric_of_the_users_own_is_stored_and_shown(configure: Configure, mon
     result = configure(main_tutorial, EPOCHS=1).main()
     stored = json.loads((result.run_dir / "results.json").read_text())["folds"][0]["history"][0]["my/metric"]
     assert stored == 0.5
-    assert "| my/metric |" in (result.run_dir / "report.md").read_text()
+    report = (result.run_dir / "report.html").read_text(encoding="utf-8")
+    assert '<th scope="col" class="number">my/metric</th>' in report
 
 
 def add_metric(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:

@@ -1,0 +1,222 @@
+"""The page of all runs, runs/index.html: what changed, did it help."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from comparison.changes import changes_between, comparable, describe_changes, run_with_fewest_changes
+from comparison.forest_plot import axis_limit, svg_axis, svg_row
+from comparison.overview import overview_of
+from comparison.pair import METRICS, PairComparison, describe_noise
+from comparison.run_reader import (
+    FinishedRun,
+    read_identity,
+    read_run,
+    run_folders,
+    time_in_name,
+)
+from experiment.charts import draw_thumbnail
+from experiment.errors import ConfigurationError
+from experiment.files import write_atomically
+from experiment.formatting import format_duration
+from experiment.pages import mark_as_stopped, relative_url, render
+
+MAX_CHANGES_WIDTH = 105  # characters of the changes in a row
+LOCK_SECONDS = 10  # to wait for another process that writes the page; then it is written without the lock
+VERDICTS = ("worse", "not significant", "identical", "better")  # the order of sorted rows
+
+
+def write_index(runs_dir: Path) -> Path:
+    """Write the page of all runs in a folder and return its path.
+
+    Processes that write it at the same time do so one after another, so that the last one sees the runs of all.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    path = runs_dir / "index.html"
+    with _lock(runs_dir):
+        write_atomically(path, render("index.html.jinja", **_content(runs_dir)))
+    return path
+
+
+@contextmanager
+def _lock(runs_dir: Path) -> Iterator[None]:
+    lock = FileLock(runs_dir / ".index.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except (Timeout, OSError, NotImplementedError):  # some network file systems have no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _content(runs_dir: Path) -> dict[str, Any]:
+    runs, states, problems = _read_all(runs_dir)
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.identity.images, []).append(run)
+    shown = [_group(group, states, runs_dir) for group in groups.values()]
+    if problems:
+        shown.append(_group_of_unreadable(problems))
+    count = len(runs) + len(problems)
+    return {
+        "folder": _name(runs_dir.absolute()),
+        "count": "1 run" if count == 1 else f"{count} runs",
+        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "groups": shown,
+    }
+
+
+def _read_all(runs_dir: Path) -> tuple[list[FinishedRun], dict[Path, str], dict[Path, str]]:
+    """Return all runs, the newest first, the state of those that are unfinished, and why others cannot be read.
+
+    An unfinished run has no folds.
+    """
+    runs, states, problems = [], {}, {}
+    for path in run_folders(runs_dir):
+        try:
+            if (path / "results.json").exists():
+                runs.append(read_run(path))
+                continue
+            states[path] = _state_of_unfinished(path)
+            runs.append(_as_unfinished(path))
+        except (ConfigurationError, OSError) as error:  # OSError: deleted meanwhile
+            problems[path] = str(error)
+    runs.sort(key=lambda run: (run.created, run.path.name), reverse=True)
+    return runs, states, problems
+
+
+def _as_unfinished(path: Path) -> FinishedRun:
+    changed = datetime.fromtimestamp((path / "config.json").stat().st_mtime).astimezone()
+    return FinishedRun(path, changed, 0.0, False, read_identity(path), {}, [])
+
+
+def _state_of_unfinished(path: Path) -> str:
+    """Return whether a run is running, from its lock; the report of one that was killed is marked as stopped."""
+    if (path / ".lock").exists():
+        lock = FileLock(path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return "running"
+        except (OSError, NotImplementedError):
+            return "unfinished"
+        try:
+            mark_as_stopped(path / "report.html")
+        finally:
+            lock.release()
+    return "stopped; the same command resumes it"
+
+
+def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> dict[str, Any]:
+    """Return what the page shows of the runs whose folds consist of the same images, the newest first."""
+    usable = [run for run in runs if len(run.folds) >= 2]
+    baseline = usable[-1] if usable else None
+    compared: dict[Path, PairComparison] = {}
+    explanation = "No run here has a result in two folds yet."
+    if baseline is not None:
+        others = [run for run in usable[:-1] if comparable(baseline, run)]
+        overview = overview_of(baseline, others, runs_dir, usable)
+        compared = {row.run.path: row.comparison for row in overview.rows if row.comparison is not None}
+        explanation = f"Baseline: {_name(baseline.path)}."
+        differences = [each for pair in compared.values() for each in pair.metrics.values()]
+        tests = sum(difference.has_interval for difference in differences)
+        if tests > 1:
+            explanation += f" Verdicts and intervals are corrected for {tests} comparisons (Holm)."
+        if differences:
+            explanation += f" {describe_noise(overview.noise, differences)}"
+    limits = {metric: axis_limit([pair.metrics[metric] for pair in compared.values()]) for metric in METRICS}
+    frequency: Counter[str] = Counter()
+    changes = []
+    for index, run in enumerate(runs):
+        nearest = run_with_fewest_changes(run, [other for other in runs[index + 1 :] if other.folds])
+        found = changes_between(nearest, run) if nearest is not None else None
+        changes.append(found)
+        frequency.update({change.text for change in found or []})
+    rows = []
+    for run, found in zip(runs, changes, strict=True):
+        row = _row_of(run, compared.get(run.path), limits)
+        row["change"] = (
+            describe_changes(found, MAX_CHANGES_WIDTH, frequency) if found is not None else "no earlier result"
+        )
+        row["state"] = states.get(run.path, "")
+        if baseline is not None and run.path == baseline.path:
+            row["note"] = "baseline" + row["note"]
+        rows.append(row)
+    identity = runs[0].identity
+    return {
+        "title": f"{identity.dataset}, {identity.folds} folds, RNG_SEED {identity.rng_seed}",
+        "explanation": explanation,
+        "accuracy_axis": svg_axis(limits["accuracy"], "accuracy") if compared else "",
+        "loss_axis": svg_axis(limits["loss"], "loss") if compared else "",
+        "rows": rows,
+    }
+
+
+def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, float]) -> dict[str, Any]:
+    row = _empty_row(run.path)
+    row["when"] = f"{run.created:%d %b %H:%M}" if time_in_name(run.path.name) else row["name"]
+    row["has_time"] = time_in_name(run.path.name) is not None
+    row["order"] = f"{run.created.timestamp():.0f}"
+    if run.diverged:
+        row["note"] = f" ({', '.join(run.diverged)} diverged)"
+    if run.seconds:
+        row |= {"took": f"{'>' if run.resumed else ''}{format_duration(run.seconds)}", "seconds": f"{run.seconds:.0f}"}
+    for metric in METRICS:
+        if run.folds:
+            mean = float(np.mean([getattr(fold, metric) for fold in run.folds.values()]))
+            row |= {metric: f"{mean:.4f}" if abs(mean) < 1000 else f"{mean:.4g}", f"{metric}_order": f"{mean:.9g}"}
+        if pair is not None:
+            row[f"{metric}_plot"] = svg_row(pair.metrics[metric], limits[metric])
+    if pair is not None:
+        words = [pair.metrics[metric].verdict for metric in METRICS]
+        row["verdicts"] = [("", words[0])] if len(set(words)) == 1 else list(zip(METRICS, words, strict=True))
+        row["verdict_order"] = sum(map(VERDICTS.index, words))
+    row["thumbnail"] = draw_thumbnail({fold.name: fold.history for fold in run.folds.values()})
+    return row
+
+
+def _empty_row(path: Path) -> dict[str, Any]:
+    cells = "when order change state accuracy accuracy_order accuracy_plot loss loss_order loss_plot note".split()
+    cells += "verdict_order took seconds thumbnail".split()
+    row: dict[str, Any] = dict.fromkeys(cells, "")
+    has_report = (path / "report.html").exists()
+    return row | {
+        "name": _name(path),
+        "has_time": False,
+        "url": relative_url(path.name, "report.html") if has_report else "",
+        "verdicts": [],
+    }
+
+
+def _name(path: Path) -> str:
+    """Return a folder's name; bytes that are not text become question marks."""
+    return path.name.encode(errors="replace").decode()
+
+
+def _group_of_unreadable(problems: dict[Path, str]) -> dict[str, Any]:
+    rows = []
+    for path, problem in problems.items():
+        created = time_in_name(path.name)
+        row = _empty_row(path)
+        row |= {"when": row["name"], "state": problem, "order": f"{created.timestamp():.0f}" if created else ""}
+        rows.append(row)
+    explanation = "These folders cannot be read by this version of the program."
+    return {
+        "title": "Not readable",
+        "explanation": explanation,
+        "accuracy_axis": "",
+        "loss_axis": "",
+        "rows": rows,
+    }

@@ -1,0 +1,67 @@
+"""The page of two runs that are compared, and the same content for a run's report."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.forest_plot import axis_limit, svg_axis, svg_row
+from comparison.pair import PairComparison, format_change, verdict_with_reason
+from comparison.statistics import MetricDifference
+from experiment.files import write_atomically
+from experiment.formatting import display_name
+from experiment.pages import render
+
+
+def write_pair_page(comparison: PairComparison) -> Path:
+    """Write the page of a comparison into the later run's folder, and return its path."""
+    folder = comparison.after.path
+    path = folder / f"compared-with-{comparison.before.path.name}.html"
+    page = render(
+        "pair.html.jinja",
+        after=_name(folder),
+        has_report=(folder / "report.html").is_file(),
+        pair=pair_content(comparison),
+    )
+    write_atomically(path, page)
+    return path
+
+
+def pair_content(comparison: PairComparison) -> dict[str, Any]:
+    """Return what a page shows of a comparison: the changes, and a table of metrics and one of F1 scores."""
+    tables = [_table("Accuracy and loss", "metric", [difference]) for difference in comparison.metrics.values()]
+    for table, difference in zip(tables, comparison.metrics.values(), strict=True):
+        table["caption"] = f"{difference.metric.capitalize()}, mean over the folds that both have"
+    if comparison.f1:
+        largest_first = sorted(comparison.f1.values(), key=lambda difference: -abs(difference.mean))
+        tables.append(_table("F1 of each class, the largest change first", "class", largest_first))
+    explanation = "The two runs are identical in every fold." if comparison.is_identical else comparison.explanation
+    return {
+        "before": _name(comparison.before.path),
+        "changes": list(dict.fromkeys(change.text for change in comparison.changes)) or ["repetition"],
+        "tables": tables,
+        "explanation": explanation,
+    }
+
+
+def _table(caption: str, heading: str, differences: list[MetricDifference]) -> dict[str, Any]:
+    limit = axis_limit(differences)
+    rows = []
+    for difference in differences:
+        row = {
+            "name": display_name(difference.metric) if heading == "class" else difference.metric,
+            "before": f"{np.mean(difference.before):.4f}",
+            "after": f"{np.mean(difference.after):.4f}",
+            "change": format_change(difference).removesuffix(" (95 %)"),
+            "plot": svg_row(difference, limit),
+            "verdict": difference.verdict,
+            "text": verdict_with_reason(difference),
+        }
+        rows.append(row)
+    axis = svg_axis(limit, differences[0].metric)
+    return {"caption": caption, "heading": heading, "rows": rows, "axis": axis}
+
+
+def _name(path: Path) -> str:
+    """Return a folder's name; bytes that are not text become question marks."""
+    return path.name.encode(errors="replace").decode()

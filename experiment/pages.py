@@ -1,0 +1,66 @@
+"""HTML pages: from a template to one file that needs no other file and makes no request."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from experiment.files import write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+RUNNING = b'data-state="running"'
+
+
+def render(template: str, **content: Any) -> bytes:
+    """Return a page as UTF-8, given the name of its template and what the template shows.
+
+    Every string is shown as text, never as markup, except those that the template marks as safe: SVG drawings, which
+    contain numbers and fixed words only.
+    """
+    return _environment().get_template(template).render(content).encode(errors="replace")
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters["png"] = png_uri
+    return environment
+
+
+def png_uri(png: bytes) -> str:
+    """Return a PNG file as a URI that contains it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def relative_url(*names: str) -> str:
+    """Return the URL of a file, given the names of its folders and its own; they may be any file names."""
+    return "/".join(quote(os.fsencode(name), safe="") for name in names)
+
+
+def mark_as_stopped(report: Path) -> None:
+    """Let the report of a run that was killed show that it is no longer running; it is not rewritten otherwise."""
+    try:
+        page = report.read_bytes()
+    except OSError:  # it could not be written, or was deleted
+        return
+    if RUNNING not in page:
+        return
+    page = page.replace(RUNNING, b'data-state="stopped"', 1)
+    write_atomically(report, re.sub(b"<noscript>.*?</noscript>", b"", page, count=1))

@@ -1,0 +1,128 @@
+"""The page of all runs: its groups, rows and states, its size and time, and several processes that write it."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, start_python
+from filelock import FileLock
+from synthetic_runs import BASE, BETTER, make_identity, make_run, write_json
+
+from comparison.index import write_index
+from experiment.pages import relative_url
+
+
+def write(runs_dir: Path) -> str:
+    return write_index(runs_dir).read_text(encoding="utf-8")
+
+
+def rows_of(page: str) -> list[str]:
+    """Return the rows of all tables as text."""
+    bodies = re.findall(r"<tbody>(.*?)</tbody>", page, re.DOTALL)
+    rows = [row for body in bodies for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)]
+    return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in rows]
+
+
+def make_unfinished(path: Path, **changes: Any) -> Path:
+    path.mkdir(parents=True)
+    write_json(path / "config.json", {"identity": make_identity(**changes), "wandb_id": "x"})
+    (path / "report.html").write_text(
+        '<html data-state="running"><noscript>reload</noscript><script>"running"</script>', encoding="utf-8"
+    )
+    return path
+
+
+def test_rows_are_grouped_by_their_images_the_newest_first(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000")
+    make_run(tmp_path / "N-20261126-183100", BETTER, minutes=1, mirror=True)
+    make_run(tmp_path / "K-20261126-183200", minutes=2, images="77", dataset="KMNIST")
+    make_run(tmp_path / "N-20261126-183300", [*BASE[:4], np.nan], minutes=3, mirror=True, epochs=3)
+    page = write(tmp_path)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "FashionMNIST, 5 folds, RNG_SEED 314",
+        "KMNIST, 5 folds, RNG_SEED 314",
+    ]
+    assert rows_of(page) == [
+        "26 Nov 18:33 EPOCHS 10 → 3 0.9233 0.0767 identical (fold-5 diverged) 42 s",
+        "26 Nov 18:31 MIRROR False → True 0.9322 0.0678 better 42 s",
+        "26 Nov 18:30 no earlier result 0.9232 0.0768 baseline 42 s",
+        "26 Nov 18:32 no earlier result 0.9232 0.0768 baseline 42 s",
+    ]
+    assert page.count('class="diamond filled"') == 2 and page.count('<svg class="axis"') == 2
+
+
+def test_running_and_stopped_runs_are_rows_and_a_killed_runs_page_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000")
+    running = make_unfinished(tmp_path / "N-20261126-183100", mirror=True)
+    stopped = make_unfinished(tmp_path / "N-20261126-183200")
+    (stopped / ".lock").touch()
+    with FileLock(running / ".lock"):
+        newest, running_row, _ = rows_of(write(tmp_path))
+    assert running_row == "26 Nov 18:31 MIRROR False → True running"
+    assert newest == "26 Nov 18:32 repetition stopped; the same command resumes it"
+    assert 'data-state="running"' in (running / "report.html").read_text(encoding="utf-8")
+    assert (stopped / "report.html").read_text(encoding="utf-8") == (
+        '<html data-state="stopped"><script>"running"</script>'
+    )
+
+
+def test_folder_that_cannot_be_read_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    make_unfinished(tmp_path / "old")
+    write_json(tmp_path / "old" / "config.json", {"folds": 2})
+    (row,) = rows_of(write(tmp_path))
+    assert row.startswith("old ") and "written by another version of this program" in row
+
+
+def test_folder_without_runs_has_a_page(tmp_path: Path) -> None:
+    assert "There is no run yet." in write(tmp_path)
+
+
+def test_names_of_folders_are_text_and_links_lead_to_them(tmp_path: Path) -> None:
+    name = """<b>&"'🐈#?%"""
+    make_run(tmp_path / name)
+    (tmp_path / name / "report.html").touch()
+    page = write(tmp_path)
+    assert "<b>" not in page and rows_of(page)[0].startswith(f"{name} no earlier")
+    assert relative_url(name, "report.html") == "%3Cb%3E%26%22%27%F0%9F%90%88%23%3F%25/report.html"
+    assert f'<a href="{relative_url(name, "report.html")}"' in page
+
+
+def test_page_of_300_runs_is_small_and_quickly_written(tmp_path: Path) -> None:
+    runs_dir = tmp_path / "runs"
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        accuracies = BASE + rng.normal(0, 0.003, 5)
+        make_run(
+            runs_dir / f"N-20261126-{number:06}", accuracies, minutes=number, epochs=1 + number, classes="abcdefghij"
+        )
+    code = (
+        "import time; from pathlib import Path; from comparison.index import write_index;"
+        "start = time.process_time(); write_index(Path('runs')); print(time.process_time() - start)"
+    )
+    output, errors = start_python(tmp_path, "-c", code).communicate(timeout=60)
+    assert errors == "" and float(output) < 2  # processor time, which other tests beside this one do not lengthen
+    assert (runs_dir / "index.html").stat().st_size < 1e6
+
+
+def test_index_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "runs" / "b", BETTER, minutes=1)
+    code = "import sys; from pathlib import Path; from comparison.index import write_index; write_index(Path('runs'));"
+    code += "print({'torch', 'matplotlib'} & set(sys.modules))"
+    assert start_python(tmp_path, "-c", code).communicate(timeout=60) == ("set()\n", "")
+
+
+@pytest.mark.slow
+def test_processes_that_write_it_at_the_same_time_leave_one_whole_page(tmp_path: Path) -> None:
+    for number in range(20):
+        make_run(tmp_path / "runs" / f"N-20261126-{number:06}", BASE + number / 1e4, minutes=number, epochs=1 + number)
+    command = (str(REPOSITORY / "compare.py"), "--runs-dir", "runs")
+    processes = [start_python(tmp_path, *command) for _ in range(4)]
+    for process in processes:
+        assert process.wait(60) == 0
+    page = (tmp_path / "runs" / "index.html").read_text(encoding="utf-8")
+    assert len(rows_of(page)) == 20 and page.endswith("</html>")
+    assert not list((tmp_path / "runs").glob(".*unfinished"))
