@@ -810,7 +810,8 @@ def _load_pictures(pictures: Pictures, data_dir: Path, image_shape: ImageShape) 
         check = partial(_describe_duplicates, pictures)
         title = f"decoding {pictures.folder.name}"
         dataset = _write_decoded(path, stem, jobs, contents, image_shape, title, check)
-    return dataset._replace(notes=(*pictures.notes, *dataset.notes))
+    files = tuple(_shown(file, pictures.folder) for file, _ in [*pictures.train, *pictures.test])
+    return dataset._replace(notes=(*pictures.notes, *dataset.notes), files=files)
 
 
 def _decode_or_explain(path: Path, image_shape: ImageShape) -> np.ndarray | DatasetError:

@@ -17,7 +17,7 @@ class Dataset(NamedTuple):
 
     Images are uint8: (N, height, width) if they are grey, (N, 3, height, width) if they are in colour. Labels are int64
     (N,). `class_names` has the name of each class, `notes` what the user should know about the pictures, one sentence
-    each.
+    each, `files` the names of the pictures of a folder, those for training first.
     """
 
     train_images: Tensor
@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
     test_labels: Tensor
     class_names: list[str]
     notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return the SHA-256 of all images and labels, in hexadecimal."""

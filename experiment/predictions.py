@@ -59,7 +59,7 @@ class DoubtfulLabel:
     image : Tensor
         uint8, as in the data set.
     name : str
-        Its index among the training images, as in predictions.csv.
+        Its file or, if the data set has no files, its index among the training images, as in predictions.csv.
     label, predicted : str
         The names of two classes.
     probability : float
@@ -89,38 +89,53 @@ def collect_predictions(fits: list[Fit], checkpoints: dict[str, Checkpoint]) -> 
     return [*collected, test] if not checkpoints["final"]["failure"] else collected
 
 
-def predictions_csv(predictions: list[Predictions], class_names: list[str]) -> bytes:
+def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
     """Return the content of predictions.csv: a row for each training image, in their order, then for each test image.
 
-    The columns are ``index``, ``split``, ``label``, ``prediction``, ``label_doubt`` (1 − the probability of the label)
+    The columns are ``index`` (in a folder of pictures ``file``), ``split``, ``label``, ``prediction``, ``label_doubt`` (1 − the probability of the label)
     and, for each class, ``p(class)``. Probabilities have nine significant digits, so that they can be read back as the
     same float32. An apostrophe is put before a name that a spreadsheet would take for a formula.
     """
-    columns = ["index", "split", "label", "prediction", "label_doubt", *(f"p({name})" for name in class_names)]
+    class_names = dataset.class_names
+    columns = [
+        "file" if dataset.files else "index",
+        "split",
+        "label",
+        "prediction",
+        "label_doubt",
+        *(f"p({name})" for name in class_names),
+    ]
     folds = [part for part in predictions if part.split != "test"]
     lines = [",".join(map(_cell, columns))]
     if folds:
-        fold_lines = [line for part in folds for line in _lines(part, class_names)]
+        fold_lines = [line for part in folds for line in _lines(part, dataset)]
         in_order = torch.cat([part.indices for part in folds]).argsort().tolist()
         lines += [fold_lines[position] for position in in_order]
     for part in predictions:
         if part.split == "test":
-            lines += _lines(part, class_names)
+            lines += _lines(part, dataset)
     return "\n".join([*lines, ""]).encode(errors="replace")
 
 
-def _lines(part: Predictions, class_names: list[str]) -> list[str]:
-    cells = [_cell(name) for name in class_names]
+def _lines(part: Predictions, dataset: Dataset) -> list[str]:
+    cells = [_cell(name) for name in dataset.class_names]
+    names = [_cell(name) for name in _image_names(part, dataset)]
     doubts = 1 - part.label_probability.double()
     numbers = torch.column_stack([doubts, part.probabilities[:, : len(cells)]]).tolist()
     # One format for a whole row: five times as fast as the csv module.
-    row_format = f"%d,{part.split},%s,%s" + ",%.9g" * (1 + len(cells))
+    row_format = f"%s,{part.split},%s,%s" + ",%.9g" * (1 + len(cells))
     lines = []
-    for index, label, predicted, row in zip(
-        part.indices.tolist(), part.labels.tolist(), part.predicted.tolist(), numbers, strict=True
-    ):
-        lines.append(row_format % (index, cells[label], class_name(cells, predicted), *row))
+    for name, label, predicted, row in zip(names, part.labels.tolist(), part.predicted.tolist(), numbers, strict=True):
+        lines.append(row_format % (name, cells[label], class_name(cells, predicted), *row))
     return lines
+
+
+def _image_names(part: Predictions, dataset: Dataset) -> list[str]:
+    """Return the file of each picture or, if the data set has no files, its index."""
+    if not dataset.files:
+        return [str(index) for index in part.indices.tolist()]
+    first = len(dataset.train_labels) if part.split == "test" else 0
+    return [dataset.files[first + index] for index in part.indices.tolist()]
 
 
 def _cell(text: str) -> str:
@@ -151,11 +166,12 @@ def find_doubtful_labels(predictions: list[Predictions], dataset: Dataset) -> li
     labels = torch.cat([part.labels for part in folds])
     predicted = torch.cat([part.predicted for part in folds])
     probability = torch.cat([part.label_probability for part in folds])
+    names = [name for part in folds for name in _image_names(part, dataset)]
     least_probable_first = [row for row in probability.argsort(stable=True).tolist() if predicted[row] != labels[row]]
     return [
         DoubtfulLabel(
             image=dataset.train_images[indices[row]],
-            name=str(indices[row].item()),
+            name=names[row],
             label=dataset.class_names[labels[row]],
             predicted=class_name(dataset.class_names, int(predicted[row])),
             probability=probability[row].item(),

@@ -82,7 +82,7 @@ def publish(
             figures["compare.png"] = png_bytes(comparison.figure())
     for name, content in figures.items():
         folder.save(name, content)
-    folder.save("predictions.csv", predictions_csv(result.predictions, experiment.dataset.class_names))
+    folder.save("predictions.csv", predictions_csv(result.predictions, experiment.dataset))
     report.finish(result, comparison, figures)
 
     print_line(f"\n{folds_table(result)}")

@@ -12,10 +12,12 @@ from hand_made import make_dataset, make_hand_made_result
 
 import main_tutorial
 from data_files import load_dataset
+from data_utils import Dataset
 from experiment.predictions import MAX_DOUBTFUL_LABELS, Predictions, find_doubtful_labels, predictions_csv
 from experiment.results import ExperimentResult
 
-NAMES = ["Coat", "Shirt", "Hat", "Bag"]
+DATASET = make_dataset(torch.zeros(10))
+NAMES = DATASET.class_names
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +29,19 @@ def read(content: bytes) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(content.decode())))
 
 
+def with_first_class(name: str) -> Dataset:
+    return DATASET._replace(class_names=[name, *NAMES[1:]])
+
+
 def test_rows_are_the_training_images_in_their_order_then_the_test_images(result: ExperimentResult) -> None:
-    rows = read(predictions_csv(result.predictions, NAMES))
+    rows = read(predictions_csv(result.predictions, DATASET))
     expected = [(str(index), f"fold-{fold}") for index, fold in zip((0, 1, 2, 3, 4, 5, 7, 8), "11212212", strict=True)]
     expected += [(str(index), "test") for index in range(10)]
     assert [(row["index"], row["split"]) for row in rows] == expected
 
 
 def test_row_has_label_prediction_doubt_and_the_probability_of_each_class(result: ExperimentResult) -> None:
-    row = read(predictions_csv(result.predictions, NAMES))[1]
+    row = read(predictions_csv(result.predictions, DATASET))[1]
     assert (row["label"], row["prediction"]) == ("Coat", "Shirt")
     assert float(row["p(Shirt)"]) == pytest.approx(0.9) and float(row["p(Coat)"]) == pytest.approx(0.1 / 3)
     assert float(row["label_doubt"]) == pytest.approx(1 - 0.1 / 3)
@@ -45,34 +51,45 @@ def test_row_has_label_prediction_doubt_and_the_probability_of_each_class(result
 def test_probabilities_are_read_back_as_the_same_float32() -> None:
     probabilities = torch.randn(50, 4).mul(9).softmax(1)
     part = Predictions("test", torch.arange(50), torch.zeros(50, dtype=torch.int64), probabilities)
-    table = pandas.read_csv(io.BytesIO(predictions_csv([part], NAMES)))
+    table = pandas.read_csv(io.BytesIO(predictions_csv([part], DATASET)))
     assert torch.equal(torch.tensor(table.iloc[:, 5:].to_numpy(), dtype=torch.float32), probabilities)
 
 
 @pytest.mark.parametrize("name", ['a "quoted", name', "two\nlines", "Mütze 🧢"])
 def test_any_class_name_is_read_back(name: str, result: ExperimentResult) -> None:
-    table = pandas.read_csv(io.BytesIO(predictions_csv(result.predictions, [name, *NAMES[1:]])))
+    table = pandas.read_csv(io.BytesIO(predictions_csv(result.predictions, with_first_class(name))))
     assert table["label"][0] == name and f"p({name})" in table.columns
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+49", "-x", "@home"])
 def test_class_name_that_begins_like_a_formula_gets_an_apostrophe(name: str, result: ExperimentResult) -> None:
-    assert read(predictions_csv(result.predictions, [name, *NAMES[1:]]))[0]["label"] == f"'{name}"
+    assert read(predictions_csv(result.predictions, with_first_class(name)))[0]["label"] == f"'{name}"
 
 
 def test_prediction_of_a_logit_without_a_class_is_named() -> None:
     part = Predictions("test", torch.arange(1), torch.tensor([0]), torch.tensor([[0.1, 0.2, 0.7]]))
-    row = read(predictions_csv([part], ["cat", "dog"]))[0]
+    row = read(predictions_csv([part], DATASET._replace(class_names=["cat", "dog"])))[0]
     assert row["prediction"] == "no class (logit 2)" and list(row)[5:] == ["p(cat)", "p(dog)"]
 
 
 def test_fit_that_diverged_has_no_rows() -> None:
     result = make_hand_made_result(failures={"fold-1": "fold-1 diverged.", "final": "final diverged."})
-    assert {row["split"] for row in read(predictions_csv(result.predictions, NAMES))} == {"fold-2"}
+    assert {row["split"] for row in read(predictions_csv(result.predictions, DATASET))} == {"fold-2"}
+
+
+def test_pictures_of_a_folder_have_their_file_in_the_first_column(result: ExperimentResult) -> None:
+    files = [f"train/{number}.jpg" for number in range(10)] + [f"=test, {number}.jpg" for number in range(10)]
+    dataset = DATASET._replace(files=tuple(files))
+    rows = read(predictions_csv(result.predictions, dataset))
+    assert [row["file"] for row in (rows[0], rows[6], rows[8])] == ["train/0.jpg", "train/7.jpg", "'=test, 0.jpg"]
+    assert find_doubtful_labels(result.predictions, dataset)[0].name == "train/1.jpg"
 
 
 def test_run_without_any_result_has_only_the_header() -> None:
-    assert predictions_csv([], ["cat"]) == b"index,split,label,prediction,label_doubt,p(cat)\n"
+    assert (
+        predictions_csv([], DATASET._replace(class_names=["cat"]))
+        == b"index,split,label,prediction,label_doubt,p(cat)\n"
+    )
 
 
 def test_doubtful_labels_are_the_wrongly_predicted_training_images_the_least_probable_label_first(
@@ -81,7 +98,7 @@ def test_doubtful_labels_are_the_wrongly_predicted_training_images_the_least_pro
     part = result.predictions[0]
     part = replace(part, probabilities=part.probabilities.clone())
     part.probabilities[2] = torch.tensor([0.97, 0.01, 0.01, 0.01])  # image 3, a shirt
-    doubtful = find_doubtful_labels([part, *result.predictions[1:]], make_dataset(torch.zeros(10)))
+    doubtful = find_doubtful_labels([part, *result.predictions[1:]], DATASET)
     assert [(item.name, item.label, item.predicted) for item in doubtful] == [
         ("3", "Shirt", "Coat"),
         ("1", "Coat", "Shirt"),
@@ -99,7 +116,7 @@ def test_at_most_24_labels_are_listed() -> None:
         torch.zeros(images, dtype=torch.int64),
         torch.tensor([[0.1, 0.9]] * images),
     )
-    assert len(find_doubtful_labels([part], make_dataset(torch.zeros(10)))) == MAX_DOUBTFUL_LABELS == 24
+    assert len(find_doubtful_labels([part], DATASET)) == MAX_DOUBTFUL_LABELS == 24
 
 
 def test_csv_of_a_run_agrees_with_its_results(configure: Configure) -> None:
