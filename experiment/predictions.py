@@ -92,9 +92,10 @@ def collect_predictions(fits: list[Fit], checkpoints: dict[str, Checkpoint]) -> 
 def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
     """Return the content of predictions.csv: a row for each training image, in their order, then for each test image.
 
-    The columns are ``index`` (in a folder of pictures ``file``), ``split``, ``label``, ``prediction``, ``label_doubt`` (1 − the probability of the label)
-    and, for each class, ``p(class)``. Probabilities have nine significant digits, so that they can be read back as the
-    same float32. An apostrophe is put before a name that a spreadsheet would take for a formula.
+    The columns are ``index`` (in a folder of pictures ``file``), ``split``, ``label``, ``prediction``, ``label_doubt``
+    (1 − the probability of the label) and, for each class, ``p(class)``. Probabilities have nine significant digits, so
+    that they can be read back as the same float32. An apostrophe is put before a name that a spreadsheet would take for
+    a formula.
     """
     class_names = dataset.class_names
     columns = [
