@@ -1,4 +1,4 @@
-"""Print what the final network of a finished run predicts for pictures.
+"""Print what the final network of a finished run predicts for pictures, or for all pictures in a folder.
 
 Each picture gets one line with its three most likely classes and their probabilities. A picture may have any size and
 colours; it is brought to the size and the colours of the images that the network was trained on. The digits and clothes
@@ -9,16 +9,20 @@ needs --invert.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
+import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiment.errors import ConfigurationError, user_errors
-from experiment.files import relative_to_cwd
+from experiment.files import relative_to_cwd, write_atomically
 from experiment.formatting import display_name
 from experiment.terminal import print_line, warn
 
@@ -76,10 +80,21 @@ class TrainedNetwork:
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print a line per picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", nargs="+", metavar="picture", help="PNG, JPEG or another format that Pillow reads")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        metavar="picture",
+        help="PNG, JPEG or another format that Pillow reads; or a folder of them",
+    )
     parser.add_argument("--run", help="a run directory, or a part of its name (default: the newest finished run)")
     parser.add_argument("--network", metavar="FILE:CLASS", help="the network's class, if it is not in models.py")
     parser.add_argument("--invert", action="store_true", help="the pictures are dark on a light background")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write a table with the columns of predictions.csv; the label is the picture's folder if that is a class",
+    )
     parser.add_argument(
         "--runs-dir",
         type=Path,
@@ -89,23 +104,64 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with user_errors():
-        classify([Path(picture) for picture in given.pictures], given.run, given.runs_dir, given.network, given.invert)
+        pictures = [Path(picture) for picture in given.pictures]
+        classify(pictures, given.run, given.runs_dir, given.network, given.invert, given.csv)
 
 
-def classify(pictures: list[Path], run: str | None, runs_dir: Path, network: str | None, invert: bool) -> None:
-    """Print what the final network of a run predicts for pictures."""
+def classify(
+    pictures: list[Path],
+    run: str | None,
+    runs_dir: Path,
+    network: str | None = None,
+    invert: bool = False,
+    csv_file: Path | None = None,
+) -> None:
+    """Print what the final network of a run predicts for pictures and folders of pictures; write a table of it."""
     import torch
+
+    from experiment.predictions import pictures_csv
 
     finished_run = choose_run(run, runs_dir)
     trained = load_network(finished_run, network)
-    images = [read_picture(path, trained.image_shape, invert) for path in pictures]
-    for path, image in zip(pictures, images, strict=True):
+    paths = [path for picture in pictures for path in find_pictures_in(picture)]
+    images = [read_picture(path, trained.image_shape, invert) for path in paths]
+    _warn_of_backgrounds(paths, images, trained, invert)
+    probabilities = trained.predict(torch.stack(images))
+    print_line(f"Predictions of the final network of {relative_to_cwd(finished_run.path)}:")
+    for path, row in zip(paths, probabilities, strict=True):
+        print_line(describe_prediction(str(path), row, trained.class_names))
+    if csv_file is not None:
+        write_atomically(csv_file, pictures_csv(paths, probabilities, trained.class_names))
+        print_line(f"Table: {relative_to_cwd(csv_file)}")
+
+
+def find_pictures_in(path: Path) -> list[Path]:
+    """Return a picture, or all pictures in a folder and its subfolders, in the order of their names.
+
+    Raises
+    ------
+    ConfigurationError
+        If a folder has no pictures.
+    """
+    from data_files import PICTURE_SUFFIXES
+
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.rglob("*") if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file())
+    if not found:
+        raise ConfigurationError(f"there is no picture in {path}")
+    return found
+
+
+def _warn_of_backgrounds(paths: list[Path], images: list[Tensor], trained: TrainedNetwork, invert: bool) -> None:
+    """Print each advice on backgrounds once."""
+    concerned: dict[str, list[Path]] = {}
+    for path, image in zip(paths, images, strict=True):
         advice = background_advice(image, trained.light_backgrounds, invert)
         if advice:
-            warn(f"{path} {advice}.")
-    print_line(f"Predictions of the final network of {relative_to_cwd(finished_run.path)}:")
-    for path, probabilities in zip(pictures, trained.predict(torch.stack(images)), strict=True):
-        print_line(describe_prediction(str(path), probabilities, trained.class_names))
+            concerned.setdefault(advice, []).append(path)
+    for advice, of in concerned.items():
+        warn(f"{of[0]} {advice}." + (f" So do {len(of) - 1} more." if len(of) > 1 else ""))
 
 
 def choose_run(name: str | None, runs_dir: Path) -> FinishedRun:
@@ -189,13 +245,55 @@ def _class_in_models(name: str) -> Callable[[], nn.Module]:
 def _class_in_file(network: str) -> Callable[[], nn.Module]:
     """Return the class that ``file.py:Class`` names."""
     file, _, name = network.rpartition(":")
-    if not Path(file).is_file():
+    path = Path(file).resolve()
+    is_module = re.fullmatch(r"\w+(\.\w+)*", file) is not None and not file.endswith(".py")
+    if not path.is_file() and not is_module:
         raise ConfigurationError(f"--network must be file.py:Class with an existing file, got {network!r}")
-    sys.path.append(str(Path(file).resolve().parent))  # it may import its neighbours, as when it is run as a script
-    namespace = runpy.run_path(file)
+    with _training_refused(file):
+        if not path.is_file():  # package.module:Class
+            sys.path.append(os.getcwd())
+            namespace = _import_module(file, network)
+        elif (path.parent / "__init__.py").exists():  # relative imports need the package
+            root = path.parent
+            while (root / "__init__.py").exists():
+                root = root.parent
+            sys.path.append(str(root))
+            namespace = _import_module(".".join(path.relative_to(root).with_suffix("").parts), network)
+        else:
+            sys.path.append(str(path.parent))  # it may import its neighbours, as when it is run as a script
+            namespace = runpy.run_path(file)
     if name not in namespace:
         raise ConfigurationError(f"{file} has no {name}")
     return namespace[name]
+
+
+def _import_module(module: str, network: str) -> dict[str, Any]:
+    try:
+        return vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module.startswith(error.name):
+            raise  # one that the module itself imports
+        raise ConfigurationError(
+            f"--network must be file.py:Class or package.module:Class, got {network!r}: there is no module {error.name}"
+        ) from None
+
+
+@contextmanager
+def _training_refused(file: str) -> Iterator[None]:
+    """Let a file that trains when it is imported end with one line instead of starting a run."""
+    import experiment.run
+
+    def refuse(*_arguments: Any, **_keywords: Any) -> NoReturn:
+        raise ConfigurationError(
+            f'{file} trains when it is imported. Put the call of run_experiment under if __name__ == "__main__":'
+        )
+
+    run_experiment = experiment.run.run_experiment
+    experiment.run.run_experiment = refuse
+    try:
+        yield
+    finally:
+        experiment.run.run_experiment = run_experiment
 
 
 def read_picture(path: Path, image_shape: ImageShape = DEFAULT_SHAPE, invert: bool = False) -> Tensor:

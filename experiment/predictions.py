@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from data_utils import Dataset
     from experiment.training import Checkpoint
     from train_utils import Fit
@@ -118,6 +121,24 @@ def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
     return "\n".join([*lines, ""]).encode(errors="replace")
 
 
+def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list[str]) -> bytes:
+    """Return a table of pictures with the columns of predictions.csv.
+
+    The label is the name of a picture's folder if that is a class, else empty, as `split` is.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    columns = ["file", "split", "label", "prediction", "label_doubt", *(f"p({name})" for name in class_names)]
+    writer.writerow(map(_not_a_formula, columns))
+    for path, row in zip(paths, probabilities.tolist(), strict=True):
+        label = path.parent.name if path.parent.name in class_names else ""
+        doubt = f"{1 - row[class_names.index(label)]:.9g}" if label else ""
+        prediction = class_names[row.index(max(row))]
+        names = map(_not_a_formula, (str(path), "", label, prediction))
+        writer.writerow([*names, doubt, *(f"{probability:.9g}" for probability in row)])
+    return buffer.getvalue().encode(errors="replace")
+
+
 def _lines(part: Predictions, dataset: Dataset) -> list[str]:
     cells = [_cell(name) for name in dataset.class_names]
     names = [_cell(name) for name in _image_names(part, dataset)]
@@ -141,11 +162,13 @@ def _image_names(part: Predictions, dataset: Dataset) -> list[str]:
 
 def _cell(text: str) -> str:
     """Return a text as a cell: with quotation marks if it needs them, and never as a formula."""
-    if text.startswith(FORMULA_STARTS):
-        text = f"'{text}"
     buffer = io.StringIO()
-    csv.writer(buffer).writerow([text])
+    csv.writer(buffer).writerow([_not_a_formula(text)])
     return buffer.getvalue().removesuffix("\r\n")
+
+
+def _not_a_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def class_name(names: list[str], label: int) -> str:

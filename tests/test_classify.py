@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import DATA_DIR, REPOSITORY, start_python
@@ -76,6 +77,63 @@ def test_command_prints_one_line_per_picture_with_three_classes(command: Command
     assert heading == f"Predictions of the final network of runs/{run_dir.name}:"
     assert [line.split(": ")[0] for line in lines] == ["digit.png", "other.png"]
     assert all(line.count("class ") == 3 and line.count(" %") == 3 for line in lines)
+
+
+def test_folder_is_a_line_per_picture_and_a_table_with_the_label_of_each_class(command: Command) -> None:
+    for name, digit in (("class 3/a, b.png", 0), ("class 3/c.png", 1), ("unknown/d.png", 2)):
+        Path("digits", name).parent.mkdir(parents=True, exist_ok=True)
+        save(DIGITS[digit].numpy(), Path("digits", name))
+    Path("digits/notes.txt").write_text("no picture")
+    output = command("digits", "digit.png", "--csv", "table.csv")[0].splitlines()
+    assert [line.rpartition(": ")[0] for line in output[1:5]] == [
+        "digits/class 3/a, b.png",
+        "digits/class 3/c.png",
+        "digits/unknown/d.png",
+        "digit.png",
+    ]
+    assert output[5] == "Table: table.csv"
+    table = pandas.read_csv("table.csv", keep_default_na=False)
+    assert table["file"][0] == "digits/class 3/a, b.png" and list(table["label"]) == ["class 3", "class 3", "", ""]
+    assert float(table["label_doubt"][1]) == pytest.approx(1 - table["p(class 3)"][1])
+    assert list(table)[:5] == ["file", "split", "label", "prediction", "label_doubt"] and len(list(table)) == 15
+
+
+def test_advice_on_the_background_of_many_pictures_is_one_line(command: Command) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        save(255 - DIGITS[0].numpy(), name)
+    errors = command("a.png", "b.png", "c.png")[1]
+    assert errors.endswith("try --invert. So do 2 more.\n") and errors.count("\n") == 1
+
+
+def test_folder_without_a_picture_is_one_line(error_line: Callable[..., str]) -> None:
+    Path("empty").mkdir()
+    assert error_line("empty") == "  there is no picture in empty"
+
+
+@pytest.mark.parametrize("network", ["nets/mlp.py:Own", "nets.mlp:Own"])
+def test_network_in_a_package_with_relative_imports_is_found(
+    network: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("nets").mkdir()
+    Path("nets/__init__.py").touch()
+    Path("nets/base.py").write_text("from models import ConvolutionalNeuralNetwork\n")
+    Path("nets/mlp.py").write_text(OWN.replace("from models", "from .base"))
+    assert "digit.png: " in command("digit.png", "--network", network)[0]
+    for name in ("nets.mlp", "nets.base", "nets"):
+        del sys.modules[name]
+
+
+def test_module_that_does_not_exist_is_one_line(error_line: Callable[..., str]) -> None:
+    assert "there is no module nowhere" in error_line("digit.png", "--network", "nowhere.mlp:Own")
+
+
+def test_file_that_trains_when_it_is_imported_is_one_line(error_line: Callable[..., str]) -> None:
+    call = "from experiment.run import run_experiment\nrun_experiment(Own, None)\n"
+    Path("own.py").write_text(OWN + call)
+    assert error_line("digit.png", "--network", "own.py:Own") == (
+        '  own.py trains when it is imported. Put the call of run_experiment under if __name__ == "__main__":'
+    )
 
 
 def test_command_predicts_with_the_newest_run_in_its_own_process(run_dir: Path, tmp_path: Path) -> None:
