@@ -225,13 +225,18 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
     normalization = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["normalization"]
     return TrainedNetwork(
         network=built,
-        mean=normalization["mean"],
-        std=normalization["std"],
+        mean=_per_channel(normalization["mean"]),
+        std=_per_channel(normalization["std"]),
         mirror=run.identity.mirror,
         class_names=normalization["class_names"],
         image_shape=image_shape,
-        light_backgrounds=normalization["light_backgrounds"],
+        light_backgrounds=normalization.get("light_backgrounds", 0.0),
     )
+
+
+def _per_channel(recorded: float | list[float]) -> tuple[float, ...]:
+    """Return one number per channel; runs of grey images may have recorded a single number."""
+    return tuple(recorded) if isinstance(recorded, list) else (recorded,)
 
 
 def _class_in_models(name: str) -> Callable[[], nn.Module]:
