@@ -57,7 +57,8 @@ def test_losses_that_are_not_finite_are_left_out(value: float | None) -> None:
 
 def test_single_epoch_is_a_dot_and_no_epoch_is_no_drawing() -> None:
     assert "train mean dot" in paths_of(draw_learning_curves(one_fold(1.0), "loss"))
-    for histories in ({}, {"fold-1": []}, one_fold(math.nan), {"final": [], "fold-1": []}):
+    without: list[dict[str, list[Any]]] = [{}, {"fold-1": []}, one_fold(math.nan), {"final": [], "fold-1": []}]
+    for histories in without:
         assert draw_learning_curves(histories, "loss") == draw_thumbnail(histories) == ""
 
 
