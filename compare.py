@@ -7,7 +7,8 @@ no effect. Below 0.05 the run is called better or worse.
 
 Without names: the newest runs with the same folds, one row per run; the oldest of them is the baseline. With several
 names: the first is the baseline. With one name: that run is compared with the one that differs from it in the fewest
-changes.
+changes. The comparison of two runs is also written as a page into the folder of the second, and the page of all runs,
+index.html, is written whenever several are compared.
 
 The test is the corrected paired t-test (Nadeau and Bengio, 2003). It asks whether the difference would also be found on
 other data of the same kind. The training images of the folds overlap, so the interval is wider than that of a plain

@@ -350,9 +350,14 @@ def _settings_rows(
             continue
         there = getattr(pair.before.identity, name, "") if pair else ""
         row_name = name if name == "threads" else name.upper()
-        differs = there != "" and str(value) != str(there)
+        differs = there != "" and _plain(value) != _plain(there)
         rows.append({"name": row_name, "value": str(value), "there": str(there), "differs": differs})
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON stores it, where a tuple is a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _result_content(result: ExperimentResult) -> dict[str, Any]:
