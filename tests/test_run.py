@@ -194,7 +194,7 @@ def test_a_network_that_cannot_be_used_is_one_line_with_status_2(
     with pytest.raises(SystemExit) as end:
         configure(main_cnn, ConvolutionalNeuralNetwork=nn.Flatten, WANDB_MODE="offline").main()
     assert end.value.code == 2
-    expected = "Bad configuration:\n  Flatten must return logits (N, 10), got (4, 784)\n"
+    expected = "Bad configuration:\n  Flatten must have trainable parameters, got none\n"
     assert capsys.readouterr() == ("", expected)
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]
 
