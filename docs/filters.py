@@ -49,9 +49,9 @@ def main() -> None:
 
 def load_test_image(dataset_name: str, data_dir: str, trained: TrainedNetwork) -> Tensor:
     """Return a test image (1, 1, 28, 28), normalized as in training."""
-    dataset = load_dataset(dataset_name, resolve_path(data_dir))
+    dataset = load_dataset(dataset_name, resolve_path(data_dir), trained.image_shape)
     one_image, one_label = dataset.test_images[IMAGE][None], dataset.test_labels[IMAGE][None]
-    batches = Batches(one_image, one_label, 1, trained.mean, trained.std, torch.device("cpu"))
+    batches = Batches(one_image, one_label, None, 1, trained.mean, trained.std, torch.device("cpu"))
     image, _ = next(iter(batches))
     return image
 

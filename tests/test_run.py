@@ -63,7 +63,7 @@ def test_the_result_of_a_fold_is_its_last_validation(cnn_result: ExperimentResul
 
 def test_a_finished_run_directory_has_no_checkpoint(cnn_result: ExperimentResult) -> None:
     names = sorted(path.name for path in cnn_result.run_dir.iterdir())
-    assert names == sorted(["config.json", "model.pt", "report.html", "results.json", *FIGURES])
+    assert names == sorted(["config.json", "model.pt", "predictions.csv", "report.html", "results.json", *FIGURES])
 
 
 def test_the_saved_model_reaches_the_reported_test_accuracy(cnn_result: ExperimentResult) -> None:
