@@ -2,14 +2,17 @@
 
 import argparse
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+import numpy as np
 import pydantic
-from pydantic import AfterValidator, Field, PlainValidator, Strict, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Strict, StrictInt
 from pydantic_core import PydanticCustomError
 
 from data_files import CLASS_NAMES, resolve_path
@@ -62,6 +65,12 @@ def _check_image_shape(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def _refuse_tensor(value: Any) -> Any:
+    if not isinstance(value, (int, float)):  # pydantic takes whatever has a __float__
+        raise ValueError
+    return value
+
+
 StrOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
 PathSetting = Annotated[StrOrPath, Field(description="a path"), AfterValidator(_check_path)]
 ImageShapeSetting = Annotated[
@@ -91,7 +100,9 @@ class TrainingConfig:
     folds: StrictInt = Field(ge=2, description="an integer of at least 2")
     epochs: StrictInt = Field(ge=1, description="an integer of at least 1")
     batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
-    learning_rate: float = Field(gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0")
+    learning_rate: Annotated[float, BeforeValidator(_refuse_tensor)] = Field(
+        gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0"
+    )
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')
     mirror: bool = Field(strict=True, description="True or False")
     rng_seed: StrictInt = Field(ge=0, lt=2**32, description="an integer from 0 to 4294967295")
@@ -128,7 +139,8 @@ class TrainingConfig:
     def from_constants(cls, constants: Mapping[str, Any]) -> "TrainingConfig":
         """Build the configuration from a script's constants, as in ``TrainingConfig.from_constants(globals())``.
 
-        In a trial of a W&B sweep, the parameters of the trial replace the constants.
+        NumPy's numbers are taken as Python's. In a trial of a W&B sweep, the parameters of the trial replace the
+        constants.
 
         Raises
         ------
@@ -136,6 +148,7 @@ class TrainingConfig:
             A ValueError with one line per constant that is bad or missing.
         """
         values = {name: constants[name.upper()] for name in config_fields() if name.upper() in constants}
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         try:
             return cls(**(values | sweep_parameters()))
         except pydantic.ValidationError as error:
@@ -206,9 +219,23 @@ def read_command_line(constants: Mapping[str, Any], description: str | None) -> 
 
 
 def _read_comments(script: Path) -> dict[str, str]:
-    """Return the comment beside each constant of a script."""
-    lines = re.findall(r"^([A-Z_]+) = .*?  # (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
-    return dict(lines)
+    """Return the comment beside each constant of a script; none if it cannot be read, as in ``python - < script``."""
+    try:
+        with tokenize.open(script) as file:
+            source = file.read()
+        statements = ast.parse(source).body
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (OSError, SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+        return {}
+    comment_in_line = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    comments = {}
+    for statement in statements:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        for target in targets:
+            comment = comment_in_line.get(statement.lineno) or comment_in_line.get(statement.end_lineno or 0)
+            if isinstance(target, ast.Name) and comment:
+                comments[target.id] = comment.removeprefix("#").strip()
+    return comments
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,13 +5,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import main_cnn
 import main_tutorial
-from experiment.settings import TrainingConfig, read_command_line
+from experiment.errors import ConfigurationError
+from experiment.settings import TrainingConfig, _read_comments, read_command_line
 
 ORDER = (
     "DATASET IMAGE_SHAPE FOLDS EPOCHS BATCH_SIZE LEARNING_RATE LR_SCHEDULE MIRROR RNG_SEED DEVICE PRECISION WORKERS "
@@ -284,3 +287,47 @@ def test_an_odd_string_on_the_command_line_is_one_line(string: str, monkeypatch:
 def test_an_image_shape_becomes_a_tuple(shape: Any) -> None:
     config = TrainingConfig.from_constants(vars(main_cnn) | {"IMAGE_SHAPE": shape})
     assert config.image_shape == (3, 64, 96) and config.to_dict()["image_shape"] == [3, 64, 96]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "EPOCHS: int = 3  # passes over the images",
+        "EPOCHS = (  # passes over the images\n    3\n)",
+        "EPOCHS = max(\n    3,\n    2,\n)  # passes over the images",
+        'EPOCHS = len("#")  # passes over the images',
+    ],
+)
+def test_comment_beside_a_constant_in_any_form_is_read(line: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(line)
+    assert _read_comments(tmp_path / "script.py") == {"EPOCHS": "passes over the images"}
+
+
+def test_comments_are_read_in_the_encoding_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_bytes("# coding: cp1252\nEPOCHS = 3  # für alle\n".encode("cp1252"))
+    assert _read_comments(tmp_path / "script.py") == {"EPOCHS": "für alle"}
+
+
+@pytest.mark.parametrize("content", [b"EPOCHS = 3  # f\xfcr alle\n", b"EPOCHS = = 3\n", None])
+def test_script_that_cannot_be_read_has_no_comments(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "script.py").write_bytes(content)
+    assert _read_comments(tmp_path / "script.py") == {}
+
+
+def test_numbers_of_numpy_are_taken_as_numbers() -> None:
+    changes = {
+        "EPOCHS": np.int64(5),
+        "LEARNING_RATE": np.float32(0.5),
+        "MIRROR": np.bool_(True),
+        "RNG_SEED": np.uint8(7),
+    }
+    config = TrainingConfig.from_constants(vars(main_cnn) | changes)
+    found = (config.epochs, config.learning_rate, config.mirror, config.rng_seed)
+    assert found == (5, 0.5, True, 7) and [type(value) for value in found] == [int, float, bool, int]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), np.array(0.1)])
+def test_tensor_is_no_learning_rate(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="LEARNING_RATE must be a finite number above 0, got"):
+        TrainingConfig.from_constants(vars(main_cnn) | {"LEARNING_RATE": value})
