@@ -77,7 +77,7 @@ def check_model(
     ------
     ConfigurationError
         If it shares parameters with a second network that is built, does not return logits (N, C), C at least the
-        number of classes, or has no trainable parameters.
+        number of classes, or has no trainable parameters; or if PyTorch's default dtype is not float32.
     Exception
         What the network itself raises, with the user's own line as the last one of the traceback.
     """
@@ -86,6 +86,7 @@ def check_model(
         with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
             first = build_network(model_class, CPU, image_shape)
             name = type(first).__name__
+            _check_default_dtype()
             outputs = _fingerprint_outputs(first, image_shape)
             for logits in outputs:
                 check_logits(first, logits, FINGERPRINT_IMAGES)
@@ -123,13 +124,17 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
     Raises
     ------
     ConfigurationError
-        If it is built already, or needs arguments.
+        If it is built already, needs arguments, or is a dataclass that cannot be hashed.
     """
     if isinstance(model_class, nn.Module):
         name = type(model_class).__name__
         raise ConfigurationError(
             f"the network must be a class, or a function that builds it, got a {name} that is already built: each fit "
             f"needs a new one, as in run_experiment({name}, …). Remove the parentheses behind it"
+        )
+    if inspect.isclass(model_class) and model_class.__hash__ is None:
+        raise ConfigurationError(
+            f"{model_class.__name__} cannot be hashed, as PyTorch needs it: write @dataclass(eq=False) above the class"
         )
     try:
         inspect.signature(model_class).bind()
@@ -140,6 +145,15 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
             f"the network must be built without arguments: {error}. functools.partial(Net, width=32) gives a class its "
             "arguments"
         ) from None
+
+
+def _check_default_dtype() -> None:
+    """Raise unless new parameters are float32, as the images are."""
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
+        raise ConfigurationError(
+            f"the images are float32, but PyTorch's default is {dtype}: remove the call of torch.set_default_dtype"
+        )
 
 
 def _check_logits(network: nn.Module, logits: Any, images: int, classes: int, dataset: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -199,6 +200,32 @@ def test_network_that_returns_logits_gets_no_warning(
 ) -> None:
     check(model_class, precision)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_default_dtype_that_the_images_do_not_have_is_one_line(dtype: torch.dtype) -> None:
+    def build() -> nn.Module:
+        torch.set_default_dtype(dtype)
+        return NeuralNetwork()
+
+    try:
+        with pytest.raises(
+            ConfigurationError, match=f"are float32, but PyTorch's default is {dtype}: remove"
+        ):
+            check_model(build, "cpu", "float32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_dataclass_that_cannot_be_hashed_is_one_line() -> None:
+    @dataclass
+    class Net(NeuralNetwork):
+        width: int = 3
+
+    with pytest.raises(
+        ConfigurationError, match=r"^Net cannot be hashed, .* write @dataclass\(eq=False\)"
+    ):
+        check_callable(Net)
 
 
 # --- The fingerprint ---
