@@ -199,7 +199,7 @@ def test_page_of_a_real_run_changes_until_it_is_finished(start_script: Start, tm
     page.locator("svg.chart").first.wait_for(timeout=60000)
     finish(process)
     page.get_by_text("Test set").wait_for(timeout=8000)
-    assert page.locator("img").count() == 3 and page.locator("progress").count() == 0
+    assert page.locator("figure img").count() == 3 and page.locator("progress").count() == 0
     index = open_page(tmp_path / "runs" / "index.html")
     (folder,) = run_dirs(tmp_path)
     assert index.locator("tbody a").get_attribute("href") == f"{folder.name}/report.html"

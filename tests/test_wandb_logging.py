@@ -256,7 +256,7 @@ def test_two_experiments_in_one_process_write_into_their_own_folders_and_restore
     first, second = re.findall(r"^THREADS (\d+)", output, re.MULTILINE)
     assert int(second) <= int(first)
     for folder in folders:
-        (run_dir,) = folder.iterdir()
+        (run_dir,) = (path for path in folder.iterdir() if path.is_dir())
         wandb_id = json.loads((run_dir / "config.json").read_text())["wandb_id"]
         names = {re.sub(r"-\d+_\d+-", "-", path.name) for path in (run_dir / "wandb").iterdir()}
         kind = "offline-run" if mode == "offline" else "run"
