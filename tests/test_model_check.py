@@ -209,9 +209,7 @@ def test_default_dtype_that_the_images_do_not_have_is_one_line(dtype: torch.dtyp
         return NeuralNetwork()
 
     try:
-        with pytest.raises(
-            ConfigurationError, match=f"are float32, but PyTorch's default is {dtype}: remove"
-        ):
+        with pytest.raises(ConfigurationError, match=f"are float32, but PyTorch's default is {dtype}: remove"):
             check_model(build, "cpu", "float32")
     finally:
         torch.set_default_dtype(torch.float32)
@@ -222,9 +220,7 @@ def test_dataclass_that_cannot_be_hashed_is_one_line() -> None:
     class Net(NeuralNetwork):
         width: int = 3
 
-    with pytest.raises(
-        ConfigurationError, match=r"^Net cannot be hashed, .* write @dataclass\(eq=False\)"
-    ):
+    with pytest.raises(ConfigurationError, match=r"^Net cannot be hashed, .* write @dataclass\(eq=False\)"):
         check_callable(Net)
 
 
