@@ -25,7 +25,7 @@ from experiment.charts import draw_thumbnail
 from experiment.errors import ConfigurationError
 from experiment.files import write_atomically
 from experiment.formatting import format_duration
-from experiment.pages import mark_as_stopped, relative_url, render
+from experiment.pages import folder_name, mark_as_stopped, relative_url, render
 
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row
 LOCK_SECONDS = 10  # to wait for another process that writes the page; then it is written without the lock
@@ -71,7 +71,7 @@ def _content(runs_dir: Path) -> dict[str, Any]:
         shown.append(_group_of_unreadable(problems))
     count = len(runs) + len(problems)
     return {
-        "folder": _name(runs_dir.absolute()),
+        "folder": folder_name(runs_dir.absolute()),
         "count": "1 run" if count == 1 else f"{count} runs",
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "groups": shown,
@@ -110,7 +110,7 @@ def _state_of_unfinished(path: Path) -> str:
             lock.acquire(timeout=0)
         except Timeout:
             return "running"
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError):  # a file system without locks: it may be running
             return "unfinished"
         try:
             mark_as_stopped(path / "report.html")
@@ -129,7 +129,7 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
         others = [run for run in usable[:-1] if comparable(baseline, run)]
         overview = overview_of(baseline, others, runs_dir, usable)
         compared = {row.run.path: row.comparison for row in overview.rows if row.comparison is not None}
-        explanation = f"Baseline: {_name(baseline.path)}."
+        explanation = f"Baseline: {folder_name(baseline.path)}."
         differences = [each for pair in compared.values() for each in pair.metrics.values()]
         tests = sum(difference.has_interval for difference in differences)
         if tests > 1:
@@ -193,16 +193,11 @@ def _empty_row(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(cells, "")
     has_report = (path / "report.html").exists()
     return row | {
-        "name": _name(path),
+        "name": folder_name(path),
         "has_time": False,
         "url": relative_url(path.name, "report.html") if has_report else "",
         "verdicts": [],
     }
-
-
-def _name(path: Path) -> str:
-    """Return a folder's name; bytes that are not text become question marks."""
-    return path.name.encode(errors="replace").decode()
 
 
 def _group_of_unreadable(problems: dict[Path, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from comparison.pair import PairComparison, format_change, verdict_with_reason
 from comparison.statistics import MetricDifference
 from experiment.files import write_atomically
 from experiment.formatting import display_name
-from experiment.pages import render
+from experiment.pages import folder_name, render
 
 
 def write_pair_page(comparison: PairComparison) -> Path:
@@ -19,7 +19,7 @@ def write_pair_page(comparison: PairComparison) -> Path:
     path = folder / f"compared-with-{comparison.before.path.name}.html"
     page = render(
         "pair.html.jinja",
-        after=_name(folder),
+        after=folder_name(folder),
         has_report=(folder / "report.html").is_file(),
         pair=pair_content(comparison),
     )
@@ -37,7 +37,7 @@ def pair_content(comparison: PairComparison) -> dict[str, Any]:
         tables.append(_table("F1 of each class, the largest change first", "class", largest_first))
     explanation = "The two runs are identical in every fold." if comparison.is_identical else comparison.explanation
     return {
-        "before": _name(comparison.before.path),
+        "before": folder_name(comparison.before.path),
         "changes": list(dict.fromkeys(change.text for change in comparison.changes)) or ["repetition"],
         "tables": tables,
         "explanation": explanation,
@@ -60,8 +60,3 @@ def _table(caption: str, heading: str, differences: list[MetricDifference]) -> d
         rows.append(row)
     axis = svg_axis(limit, differences[0].metric)
     return {"caption": caption, "heading": heading, "rows": rows, "axis": axis}
-
-
-def _name(path: Path) -> str:
-    """Return a folder's name; bytes that are not text become question marks."""
-    return path.name.encode(errors="replace").decode()

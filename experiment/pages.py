@@ -54,6 +54,11 @@ def relative_url(*names: str) -> str:
     return "/".join(quote(os.fsencode(name), safe="") for name in names)
 
 
+def folder_name(path: Path) -> str:
+    """Return a folder's name as text; bytes that are not text become question marks."""
+    return path.name.encode(errors="replace").decode()
+
+
 def mark_as_stopped(report: Path) -> None:
     """Let the report of a run that was killed show that it is no longer running; it is not rewritten otherwise."""
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from experiment.charts import LOG_SCALE_RATIO
 from experiment.formatting import display_name
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from experiment.results import ExperimentResult, FitResult, History
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
-LOG_SCALE_RATIO = 20  # ratio of the largest to the smallest loss above which the axis is logarithmic
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:

@@ -78,18 +78,18 @@ class DoubtfulLabel:
 
 def collect_predictions(fits: list[Fit], checkpoints: dict[str, Checkpoint]) -> list[Predictions]:
     """Return the predictions of each fold, then those for the test images; none of a fit that diverged."""
-    collected = []
+    folds, test = [], []
     for fit in fits:
         checkpoint = checkpoints[fit.name]
         if checkpoint["failure"]:
             continue
         _, labels, probabilities = checkpoint["evaluation"]
         if fit.held_out_mask is None:
-            test = Predictions("test", torch.arange(len(labels)), labels, probabilities)
+            test.append(Predictions("test", torch.arange(len(labels)), labels, probabilities))
         else:
             indices = torch.from_numpy(np.frombuffer(fit.held_out_mask, dtype=bool).nonzero()[0])
-            collected.append(Predictions(fit.name, indices, labels, probabilities))
-    return [*collected, test] if not checkpoints["final"]["failure"] else collected
+            folds.append(Predictions(fit.name, indices, labels, probabilities))
+    return folds + test
 
 
 def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
@@ -100,15 +100,7 @@ def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
     that they can be read back as the same float32. An apostrophe is put before a name that a spreadsheet would take for
     a formula.
     """
-    class_names = dataset.class_names
-    columns = [
-        "file" if dataset.files else "index",
-        "split",
-        "label",
-        "prediction",
-        "label_doubt",
-        *(f"p({name})" for name in class_names),
-    ]
+    columns = _columns("file" if dataset.files else "index", dataset.class_names)
     folds = [part for part in predictions if part.split != "test"]
     lines = [",".join(map(_cell, columns))]
     if folds:
@@ -128,8 +120,7 @@ def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    columns = ["file", "split", "label", "prediction", "label_doubt", *(f"p({name})" for name in class_names)]
-    writer.writerow(map(_not_a_formula, columns))
+    writer.writerow(map(_not_a_formula, _columns("file", class_names)))
     for path, row in zip(paths, probabilities.tolist(), strict=True):
         label = path.parent.name if path.parent.name in class_names else ""
         doubt = f"{1 - row[class_names.index(label)]:.9g}" if label else ""
@@ -137,6 +128,10 @@ def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list
         names = map(_not_a_formula, (str(path), "", label, prediction))
         writer.writerow([*names, doubt, *(f"{probability:.9g}" for probability in row)])
     return buffer.getvalue().encode(errors="replace")
+
+
+def _columns(first: str, class_names: list[str]) -> list[str]:
+    return [first, "split", "label", "prediction", "label_doubt", *(f"p({name})" for name in class_names)]
 
 
 def _lines(part: Predictions, dataset: Dataset) -> list[str]:

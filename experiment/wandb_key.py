@@ -137,7 +137,8 @@ def _check_server_address(url: str) -> None:
     is_url = re.fullmatch(r"https?://[^\s/?#'\"]+(/\S*)?", url) is not None
     host = url.partition("://")[2].partition("/")[0].partition(":")[0]
     is_part_of_cloud = host == "wandb.ai" or host.endswith(".wandb.ai")
-    if is_url and (not is_part_of_cloud or url == DEFAULT_SERVER or ("api." in host and url.startswith("https"))):
+    is_api_of_cloud = is_part_of_cloud and "api." in host and url.startswith("https")
+    if is_url and (is_api_of_cloud or not is_part_of_cloud):
         return
     source = (
         "the environment variable WANDB_BASE_URL" if os.environ.get("WANDB_BASE_URL") else "base_url in W&B's settings"
