@@ -143,11 +143,11 @@ def find_pictures_in(path: Path) -> list[Path]:
     ConfigurationError
         If a folder has no pictures.
     """
-    from data_files import PICTURE_SUFFIXES
+    from data_files import pictures_below
 
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.rglob("*") if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file())
+    found = pictures_below(path)
     if not found:
         raise ConfigurationError(f"there is no picture in {path}")
     return found

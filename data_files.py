@@ -683,7 +683,7 @@ def _scan(folder: Path) -> _Found:
         name = unicodedata.normalize("NFC", class_folder.name).encode(errors="backslashreplace").decode()
         pictures = found.classes.setdefault(name, [])
         for path in _walk(class_folder, set()):
-            if path.suffix.lower() in PICTURE_SUFFIXES and not _is_hidden(path.name):
+            if _is_picture(path):
                 try:
                     status = path.stat()
                 except OSError as error:  # a symbolic link to nowhere
@@ -692,6 +692,21 @@ def _scan(folder: Path) -> _Found:
             else:
                 found.ignored.append(path)
     return found
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, at any depth, by name.
+
+    Raises
+    ------
+    DatasetError
+        If a folder cannot be read.
+    """
+    return sorted(path for path in _walk(folder, set()) if _is_picture(path))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not _is_hidden(path.name)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -84,6 +84,7 @@ def test_folder_is_a_line_per_picture_and_a_table_with_the_label_of_each_class(c
         Path("digits", name).parent.mkdir(parents=True, exist_ok=True)
         save(DIGITS[digit].numpy(), Path("digits", name))
     Path("digits/notes.txt").write_text("no picture")
+    Path("digits/._c.png").write_text("macOS writes such files")
     output = command("digits", "digit.png", "--csv", "table.csv")[0].splitlines()
     assert [line.rpartition(": ")[0] for line in output[1:5]] == [
         "digits/3/a, b.png",
