@@ -15,6 +15,8 @@ HYPERPARAMETERS = (
     "mirror",
     "rng_seed",
 )
+KEPT_AT_RESUME = ("threads", "precision")  # a resumed run keeps those that it was begun with
+SET_BY_THE_MACHINE = ("torch", "device")  # parts of the identity that a run cannot change
 UNEQUAL_CLASSES = 2  # ratio of the largest class to the smallest above which accuracy alone misleads
 FINGERPRINT_TOLERANCE = 1e-3  # two types of CPU differ by a few parts in a million
 NEGLIGIBLE_GRADIENT = 1e-6  # of the largest: rounding errors, as of a bias before batch norm
@@ -34,16 +36,31 @@ def same_identity(one: dict[str, Any], other: dict[str, Any]) -> bool:
     one, other : dict
         "identity" of two runs' config.json. Everything must be equal; fingerprints may differ a little.
     """
-    if one.keys() != other.keys():
-        return False
-    rest_is_equal = all(one[name] == other[name] for name in one if name != "network")
-    return rest_is_equal and same_network(one["network"], other["network"])
+    return not differing_parts(one, other)
+
+
+def differing_parts(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Return the names of the parts in which the identities of two runs differ.
+
+    "network" stands for another structure, "fingerprint" for another fingerprint of the same structure.
+    """
+    different = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} - {"network"}
+    networks = one["network"], other["network"]
+    if not same_structure(*networks):
+        different.add("network")
+    elif not same_fingerprint(*(network["fingerprint"] for network in networks)):
+        different.add("fingerprint")
+    return different
 
 
 def same_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Return whether two networks, as config.json records them, have the same structure and fingerprint."""
-    same_structure = all(one[name] == other[name] for name in ("name", "printed", "parameters"))
-    return same_structure and same_fingerprint(one["fingerprint"], other["fingerprint"])
+    return same_structure(one, other) and same_fingerprint(one["fingerprint"], other["fingerprint"])
+
+
+def same_structure(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two networks have the same name, layers and number of parameters."""
+    return all(one[name] == other[name] for name in ("name", "printed", "parameters"))
 
 
 def same_fingerprint(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:

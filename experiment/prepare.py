@@ -24,9 +24,10 @@ from experiment.executors import WorkerDiedError, external_name, pickle_by_value
 from experiment.formatting import wrap
 from experiment.identity import HYPERPARAMETERS, has_unequal_classes
 from experiment.model_check import ModelSummary, check_callable, check_model
-from experiment.resources import Resources, resolve_resources
+from experiment.resources import Resources, resolve_resources, with_kept
 from experiment.settings import TrainingConfig
 from experiment.terminal import print_line, warn
+from experiment.unfinished_runs import find_unfinished, identity_to_resume
 from experiment.wandb_key import WandbAccess, resolve_wandb_access
 from train_utils import Fit, RemoteError, call_safely, code_digest, code_digests
 
@@ -113,6 +114,13 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
     print_line(wrap(_describe_plan(config, resources, executor_name, model)))
     dataset = _load_and_describe(config)
     fits = make_fits(config, resources, factory, dataset)
+    identity = make_identity(config, resources, fits, model, dataset)
+    if config.resume:
+        identity = identity_to_resume(config, identity, find_unfinished(config, model.name))
+        if (identity["threads"], identity["precision"]) != (resources.threads, resources.precision):
+            resources = with_kept(resources, config, identity)
+            fits = [replace(fit, threads=resources.threads, precision=resources.precision) for fit in fits]
+            print_line(wrap(_describe_kept(resources)))
     with suppress(WorkerDiedError):  # a worker that dies costs no run: each epoch checks its code again
         _compare_code(_result_of(remote_digests))
     return Experiment(
@@ -122,7 +130,7 @@ def prepare(model_class: Callable[[], nn.Module], config: TrainingConfig, pool: 
         model=model,
         dataset=dataset,
         fits=fits,
-        identity=make_identity(config, resources, fits, model, dataset),
+        identity=identity,
         environment=_describe_environment(resources, executor_name),
         wandb=wandb,
         started=started,
@@ -326,6 +334,14 @@ def _describe_plan(config: TrainingConfig, resources: Resources, executor_name: 
     return (
         f"{model.name}, {model.parameters:,} parameters, on {dataset}: {config.folds} folds and a final fit, "
         f"{config.epochs} {epochs} each, on {resources.device} in {resources.precision}, {where}."
+    )
+
+
+def _describe_kept(resources: Resources) -> str:
+    threads = "1 thread" if resources.threads == 1 else f"{resources.threads} threads"
+    return (
+        f"A run with these settings was begun in {resources.precision} with {threads} per network on a machine with "
+        "other cores or another processor; it is resumed with these, so that the results stay the same."
     )
 
 

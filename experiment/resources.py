@@ -1,7 +1,8 @@
 """Device, precision, threads and workers of a run, resolved from the settings on this machine."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import joblib
 import torch
@@ -52,16 +53,24 @@ def resolve_resources(config: TrainingConfig) -> Resources:
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(device) else "float32"
 
-    fits = config.folds + 1
     _undo_pinning()
     cores = joblib.cpu_count()  # cores that this process may use: fewer than the machine has, in a container
-    threads = max(1, cores // min(cores, fits))
-    workers = 1
-    if device == "cpu":
-        workers = min(fits, cores // threads)
-        if config.workers != "auto":
-            workers = min(workers, int(config.workers))
-    return Resources(device, precision, threads, workers)
+    threads = max(1, cores // min(cores, config.folds + 1))
+    return Resources(device, precision, threads, _count_workers(config, device, threads))
+
+
+def _count_workers(config: TrainingConfig, device: str, threads: int) -> int:
+    if device != "cpu":
+        return 1
+    workers = min(config.folds + 1, max(1, joblib.cpu_count() // threads))
+    return workers if config.workers == "auto" else min(workers, int(config.workers))
+
+
+def with_kept(resources: Resources, config: TrainingConfig, identity: dict[str, Any]) -> Resources:
+    """Return resources with the threads and the precision of a run's identity."""
+    threads = identity["threads"]
+    workers = _count_workers(config, resources.device, threads)
+    return replace(resources, precision=identity["precision"], threads=threads, workers=workers)
 
 
 def device_available(device: str) -> bool:

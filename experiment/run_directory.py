@@ -3,8 +3,6 @@
 import contextlib
 import io
 import itertools
-import json
-import re
 import shutil
 import time
 import uuid
@@ -15,12 +13,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from data_files import dataset_label, resolve_path
+from data_files import resolve_path
 from experiment.errors import RunError, nonfatal
 from experiment.files import relative_to_cwd, to_json, write_atomically
+from experiment.formatting import wrap
 from experiment.identity import same_identity
 from experiment.prepare import Experiment
+from experiment.settings import TrainingConfig
 from experiment.terminal import print_line, warn
+from experiment.unfinished_runs import UnfinishedRun, find_mismatch, find_unfinished, folder_prefix
 
 
 class RunDirectory:
@@ -43,43 +44,50 @@ class RunDirectory:
     """
 
     def __init__(self, experiment: Experiment) -> None:
-        runs_dir = resolve_path(experiment.config.runs_dir)
-        stem = re.sub(r"[^\w.\[\]()-]+", "_", f"{experiment.model.name}-{dataset_label(experiment.config.dataset)}")
+        config = experiment.config
+        runs_dir = resolve_path(config.runs_dir)
+        prefix = folder_prefix(config, experiment.model.name)
         self.wandb_id = uuid.uuid4().hex[:8]
         try:
             runs_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = self._find_unfinished(runs_dir, stem, experiment) if experiment.config.resume else None
-            self.resumed = unfinished is not None
-            self.path = unfinished or self._create(runs_dir, stem)
+            unfinished = find_unfinished(config, experiment.model.name) if config.resume else []
+            same = self._lock_same(unfinished, experiment.identity)
+            self.resumed = same is not None
+            self.path = same or self._create(runs_dir, prefix)
         except OSError as error:
             raise RunError(
                 f"{relative_to_cwd(runs_dir)} cannot be written ({error.strerror}). Fix the permissions or change "
                 "RUNS_DIR."
             ) from None
         if not self.resumed:
+            self._print_mismatch(config, experiment.identity, unfinished)
             try:
                 self.save("config.json", to_json(experiment.config_record | {"wandb_id": self.wandb_id}))
             except BaseException as error:  # an interruption, too
                 self.__exit__(type(error))
                 raise
 
-    def _find_unfinished(self, runs_dir: Path, stem: str, experiment: Experiment) -> Path | None:
+    def _lock_same(self, unfinished: list[UnfinishedRun], identity: dict[str, Any]) -> Path | None:
         """Lock and return the newest unfinished folder of the same identity, if there is one."""
-        for path in sorted(runs_dir.glob("*/config.json"), key=_modification_time, reverse=True):
-            if not path.parent.name.startswith(f"{stem}-"):
-                continue
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                is_same = same_identity(config["identity"], experiment.identity)
-                wandb_id = str(config["wandb_id"])
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not written by this version
-                continue
-            if is_same and self._lock_unfinished(path.parent):
-                self.wandb_id = wandb_id
-                for leftover in path.parent.glob(".*.unfinished"):
+        for run in unfinished:
+            if same_identity(run.identity, identity) and self._lock_unfinished(run.path):
+                self.wandb_id = run.wandb_id
+                for leftover in run.path.glob(".*.unfinished"):
                     leftover.unlink()
-                return path.parent
+                return run.path
         return None
+
+    @staticmethod
+    def _print_mismatch(config: TrainingConfig, identity: dict[str, Any], unfinished: list[UnfinishedRun]) -> None:
+        """Print why an unfinished run of the same settings is not resumed, if the reason is this machine."""
+        mismatch = find_mismatch(config, identity, unfinished)
+        if mismatch:
+            run, difference = mismatch
+            print_line(
+                wrap(
+                    f"The unfinished run in {relative_to_cwd(run.path)} differs in {difference}, so this is a new run."
+                )
+            )
 
     def _lock_unfinished(self, path: Path) -> bool:
         """Lock a folder and return whether it is this process's now, and its run unfinished."""
@@ -101,9 +109,9 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             (path / ".lock").unlink()
 
-    def _create(self, runs_dir: Path, stem: str) -> Path:
+    def _create(self, runs_dir: Path, prefix: str) -> Path:
         """Create and lock a new folder; two runs that start in the same second get one each."""
-        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
             path = runs_dir / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -195,10 +203,3 @@ def serialize(content: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-def _modification_time(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # deleted meanwhile
-        return 0.0

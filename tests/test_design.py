@@ -15,7 +15,7 @@ SCRIPTS = {"main_cnn", "main_tutorial", "compare", "classify"}
 FOR_WORKERS = ["train_utils", "data_files", "data_utils"]
 EXPERIMENT = (
     "run settings resources prepare model_check identity training executors run_directory results terminal formatting "
-    "predictions plots charts pages report wandb_logging wandb_key wandb_sweep files errors"
+    "predictions plots charts pages report unfinished_runs wandb_logging wandb_key wandb_sweep files errors"
 ).split()
 COMPARISON = "run_reader changes statistics pair pair_page overview index forest_plot".split()
 ALLOWED_IN_COMPARISON = {

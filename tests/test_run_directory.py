@@ -29,7 +29,7 @@ NETWORK = {
 def directory(runs_dir: Path, name: str = "Dyn[3]", resume: bool = True, **changes: Any) -> RunDirectory:
     """Return the run directory of an experiment on Digits, with some of its network's record changed."""
     identity = {"network": NETWORK | changes, "epochs": 2}
-    config = SimpleNamespace(runs_dir=runs_dir, resume=resume, dataset="Digits")
+    config = SimpleNamespace(runs_dir=runs_dir, resume=resume, dataset="Digits", device="cpu")
     record = {"data_dir": "für/mich", "identity": identity}
     experiment = SimpleNamespace(
         config=config, model=SimpleNamespace(name=name), identity=identity, config_record=record
