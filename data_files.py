@@ -188,12 +188,12 @@ def cached_dataset(name: str, data_dir: str | Path, digest: str, image_shape: Im
 
 
 def _find_file(file: str, folder: Path) -> Path:
-    """Return the path of a file: with its own name or, as some unpackers name it, with a dot in it."""
-    path = folder / file
-    dotted = folder / file.replace("-idx", ".idx")
-    if _is_file(dotted) and not _is_file(path):
-        return dotted
-    return path
+    """Return the path of a file as unpackers store it: perhaps with a dot in its name, or in a folder of that name."""
+    names = (file, file.replace("-idx", ".idx"))
+    stems = [name.removesuffix(".gz") for name in names]
+    paths = [folder / name for name in names]
+    paths += [folder / stem / name for stem in (*stems, *names) for name in names]
+    return next((path for path in paths if _is_file(path)), folder / file)
 
 
 def _is_file(path: Path) -> bool:

@@ -54,9 +54,19 @@ def user_errors() -> Iterator[None]:
             _exit(128 + number, f"Stopped by {signal.Signals(number).name}.")
         except Exception as error:
             status = getattr(error, "exit_status", None)
+            if isinstance(error, FileNotFoundError) and error.filename is None and not _working_directory_exists():
+                _exit(1, "The run failed: the working directory was deleted. Change to a folder that exists.")
             if status is None:
                 raise
             _exit(status, _message(error, status))
+
+
+def _working_directory_exists() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _message(error: Exception, status: int) -> str:

@@ -192,11 +192,17 @@ def _start_worker() -> subprocess.Popen[bytes]:
     own_group: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # it was deleted, and PyTorch cannot be imported without one
+        folder = str(PROJECT_DIR)
     # Absolute paths, since os.chdir() may have been called; the project's own folder first.
-    search_path = [str(PROJECT_DIR), *(os.path.abspath(path) for path in sys.path)]
+    search_path = [str(PROJECT_DIR), *(os.path.join(folder, path) for path in sys.path)]
     command = [sys.executable, "-c", BOOTSTRAP, *search_path]
     environment = {name: value for name, value in os.environ.items() if name not in experiment.PINNING_VARIABLES}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **own_group)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder, env=environment, **own_group
+    )
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:

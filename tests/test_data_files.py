@@ -111,6 +111,20 @@ def test_files_named_with_a_dot_are_loaded(raw: Path, digits: Dataset, packed: b
     assert given.items() <= {path.name: path.read_bytes() for path in raw.iterdir()}.items()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dotted", [False, True])
+def test_files_each_in_a_folder_of_its_own_name_are_loaded(
+    raw: Path, digits: Dataset, packed: bool, dotted: bool
+) -> None:
+    for name in data_files.FILE_DIMENSIONS:
+        content = (raw / name).read_bytes()
+        (raw / name).unlink()
+        file = name.replace("-idx", ".idx") if dotted else name
+        (raw / file).mkdir()
+        (raw / file / (file + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+    assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
+
+
 def test_damaged_file_named_with_a_dot_is_named_in_the_message(raw: Path) -> None:
     dotted = raw / TRAIN_IMAGES.replace("-idx", ".idx")
     (raw / TRAIN_IMAGES).rename(dotted)

@@ -168,3 +168,21 @@ def test_a_nonfatal_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     with nonfatal("the figures"):
         raise MemoryError("no memory")
     assert capsys.readouterr().err == "Without the figures: MemoryError: no memory\n"
+
+
+def test_a_deleted_working_directory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with pytest.raises(SystemExit) as ended, user_errors():
+        os.getcwd()
+    assert ended.value.code == 1
+    message = "The run failed: the working directory was deleted. Change to a folder that exists.\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_missing_file_in_an_existing_working_directory_keeps_its_traceback() -> None:
+    with pytest.raises(FileNotFoundError), user_errors():
+        raise FileNotFoundError

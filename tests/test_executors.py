@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import finish, slow, start_python, wait_for, wait_until_idle
+from conftest import REPOSITORY, finish, slow, start_python, wait_for, wait_until_idle
 
 from experiment.executors import SerialExecutor, WorkerDiedError, WorkerProcesses
 
@@ -55,6 +55,16 @@ def assert_pool_works(pool: WorkerProcesses, without: int) -> None:
     futures = [pool.submit(slowly(os.getpid)) for _ in range(2)]
     processes = {future.result(timeout=30) for future in futures}
     assert len(processes) == 2 and without not in processes
+
+
+def test_workers_start_although_the_working_directory_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with WorkerProcesses(1) as pool:
+        assert pool.submit(os.getcwd).result(timeout=60) == str(REPOSITORY)
 
 
 def test_calls_are_computed_in_parallel_in_other_processes(pool: WorkerProcesses) -> None:
