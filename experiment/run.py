@@ -89,6 +89,7 @@ def publish(
     if result.final:
         print_line(f"\n{test_table(result.final)}")
     print_line(f"\n{duration_line(result)}")
+    folder.finish(result.to_dict())  # before W&B, so that a slow upload costs no result
     runs.log_results(result)
     command = runs.upload_command()
     if command:
@@ -96,7 +97,6 @@ def publish(
     print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.html')}")
     if comparison:
         print_line(f"\n{comparison if isinstance(comparison, str) else comparison.text}")
-    folder.finish(result.to_dict())
     with nonfatal("the report under the cell"):
         show_page(folder.path / "report.html")
 

@@ -185,11 +185,13 @@ class RunDirectory:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
-        """Unlock the folder; after an error, print how to resume, or delete it if no epoch was finished."""
+        """Unlock the folder; after an error, print what is saved, or delete it if no epoch was finished."""
         was_deleted = not self.path.is_dir()
-        if exception_type is not None and not was_deleted and not (self.path / "results.json").exists():
-            if self._checkpoints():
-                where = relative_to_cwd(self.path)
+        if exception_type is not None and not was_deleted:
+            where = relative_to_cwd(self.path)
+            if (self.path / "results.json").exists():
+                warn(f"All results are saved in {where}.")
+            elif self._checkpoints():
                 advice = "the same command, with RESUME = True, resumes the run."
                 warn(f"Every finished epoch is saved in {where}: {advice}")
             else:  # deleted before it is unlocked, so that no other process resumes it

@@ -9,8 +9,9 @@ import shlex
 import shutil
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # wandb takes a second to import, so only the functions that 
 
 INIT_TIMEOUT_SECONDS = 15
 FINISH_TIMEOUT_SECONDS = 30
+INTERRUPTED_SECONDS = 10  # for the same after a signal: a cluster kills the process 30 seconds after SIGTERM
 SWEEP_METRIC = "cross_validation/accuracy_mean"
 
 
@@ -71,16 +73,22 @@ class WandbRuns:
         return {name: run.id for name, run in self._runs.items()}
 
     def upload_command(self) -> str | None:
-        """Return the shell command that uploads all runs; None if they are not logged offline."""
-        if self.mode != "offline":
+        """Return the shell command that uploads what W&B's server does not have; None if there is nothing.
+
+        What is logged online is uploaded by command only if the experiment is finished but the upload was interrupted:
+        an experiment that is resumed logs all epochs again.
+        """
+        is_finished = (self._folder.path / "results.json").exists()
+        if self.mode == "disabled" or (self.mode == "online" and (self._closed or not is_finished)):
             return None
+        option, pattern = ("", "offline-run-*") if self.mode == "offline" else (" --no-skip-online", "run-*")
         program = "wandb"
         if shutil.which(program) is None:  # the virtual environment is not activated
             program = relative_to_cwd(Path(sys.executable).with_name("wandb"))
         folder = relative_to_cwd(self._wandb_dir)
         if os.name == "nt":  # its shell has no single quotes and does not expand the star, which wandb does itself
-            return f'"{program}" sync "{folder}\\offline-run-*"'
-        return f"{shlex.quote(program)} sync {shlex.quote(folder)}/offline-run-*"
+            return f'"{program}" sync{option} "{folder}\\{pattern}"'
+        return f"{shlex.quote(program)} sync{option} {shlex.quote(folder)}/{pattern}"
 
     def __enter__(self) -> WandbRuns:
         """Open the runs, and print where they are logged."""
@@ -104,7 +112,7 @@ class WandbRuns:
         """Close the runs if the experiment was interrupted, and print how to upload what they contain."""
         try:
             if not self._closed:
-                self._finish_runs(exit_code=1)
+                self._finish_runs(exit_code=1, seconds=INTERRUPTED_SECONDS)
         finally:
             self._restore.close()
             self._delete_leftovers()
@@ -258,9 +266,14 @@ class WandbRuns:
             raise errors[0]
         self._closed = True
 
-    def _finish_runs(self, exit_code: int, failed: set[str] | None = None) -> list[Exception]:
-        """Close all runs in parallel, those that failed with exit code 1; return the exceptions."""
-        errors = []
+    def _finish_runs(
+        self, exit_code: int, failed: set[str] | None = None, seconds: float | None = None
+    ) -> list[Exception]:
+        """Close all runs in parallel, those that failed with exit code 1; return the exceptions.
+
+        By default, W&B's own time limit holds; otherwise runs that are not closed after some seconds are given up.
+        """
+        errors: list[Exception] = []
 
         def finish(name: str) -> None:
             try:
@@ -268,8 +281,12 @@ class WandbRuns:
             except Exception as error:
                 errors.append(error)
 
-        with ThreadPoolExecutor(max_workers=len(self._histories)) as pool:
-            pool.map(finish, self._runs)
+        threads = [threading.Thread(target=finish, args=(name,), daemon=True) for name in self._runs]
+        for thread in threads:
+            thread.start()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for thread in threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return errors
 
 

@@ -4,12 +4,13 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
-from conftest import FIGURES, KEY, Configure, nearly_full_disk, run_dirs, slow
+from conftest import FIGURES, KEY, Configure, Start, nearly_full_disk, run_dirs, slow, wait_for
 from test_wandb_logging import assert_received, lines_about_wandb, sync
 from wandb_server import WandbServer
 
@@ -164,3 +165,25 @@ def test_run_of_the_users_own_in_the_same_process_continues(
     wandb.teardown()
     assert [row["value"] for row in server.runs.pop("own")["history"]] == [1, 2]
     assert_received(server, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["results.json", "*-1.pt"], ids=["uploading", "training"])
+def test_a_run_ends_within_30_seconds_of_sigterm_although_the_server_hangs(
+    what: str, start_script: Start, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    process = start_script("main_tutorial", WANDB_MODE="online")
+    wait_for(lambda: list(tmp_path.glob(f"runs/*/{what}")), process)
+    server.hang()
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    if what == "results.json":
+        assert "All results are saved in" in errors
+        server.repair()
+        sync(output, tmp_path)
+        final = next(run for name, run in server.runs.items() if name.endswith("final"))
+        assert final["history"][-1]["epoch"] == 2
+    else:
+        assert "resumes the run" in errors and "sync" not in output
