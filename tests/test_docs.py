@@ -36,10 +36,10 @@ FILES_OF_A_RUN = {
     "predictions.csv",
 }
 FILES_OF_A_RUN |= {"per_class.png", "confusion_matrix.png", "mistakes.png"}
-FILES_OF_THE_READER = {"picture.png"}
+FILES_OF_THE_READER = {"picture.png", "file.py"}
 OTHER_NAMES = {"WANDB_API_KEY", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "CLASS_NAMES"}
 # Options that a page names without their program are those of main_cnn.py, except:
-PROGRAMS = {"--invert": "classify.py"}
+PROGRAMS = dict.fromkeys(("--invert", "--run", "--network"), "classify.py")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 VALUE = r'"\w*"|True|False|\d[\d.]*'
 
