@@ -110,7 +110,7 @@ def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
     for part in predictions:
         if part.split == "test":
             lines += _lines(part, dataset)
-    return "\n".join([*lines, ""]).encode(errors="replace")
+    return _encode("\n".join([*lines, ""]))
 
 
 def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list[str]) -> bytes:
@@ -127,7 +127,12 @@ def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list
         prediction = class_names[row.index(max(row))]
         names = map(_not_a_formula, (str(path), "", label, prediction))
         writer.writerow([*names, doubt, *(f"{probability:.9g}" for probability in row)])
-    return buffer.getvalue().encode(errors="replace")
+    return _encode(buffer.getvalue())
+
+
+def _encode(table: str) -> bytes:
+    """Return a table in UTF-8; if it is not ASCII, with a byte order mark, by which spreadsheets know that it is UTF-8."""
+    return table.encode("utf-8" if table.isascii() else "utf-8-sig", errors="replace")
 
 
 def _columns(first: str, class_names: list[str]) -> list[str]:

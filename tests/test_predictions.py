@@ -26,7 +26,7 @@ def result() -> ExperimentResult:
 
 
 def read(content: bytes) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(content.decode())))
+    return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
 
 
 def with_first_class(name: str) -> Dataset:
@@ -59,6 +59,12 @@ def test_probabilities_are_read_back_as_the_same_float32() -> None:
 def test_any_class_name_is_read_back(name: str, result: ExperimentResult) -> None:
     table = pandas.read_csv(io.BytesIO(predictions_csv(result.predictions, with_first_class(name))))
     assert table["label"][0] == name and f"p({name})" in table.columns
+
+
+@pytest.mark.parametrize(("name", "marked"), [("Mütze", True), ("Hat", False)])
+def test_only_a_file_that_is_not_ascii_has_a_byte_order_mark(name: str, marked: bool, result: ExperimentResult) -> None:
+    content = predictions_csv(result.predictions, with_first_class(name))
+    assert content.startswith("\ufeff".encode()) == marked
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+49", "-x", "@home"])
