@@ -131,7 +131,7 @@ def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list
 
 
 def _encode(table: str) -> bytes:
-    """Return a table in UTF-8; if it is not ASCII, with a byte order mark, by which spreadsheets know that it is UTF-8."""
+    """Return a table in UTF-8; if it is not ASCII, with a byte order mark, which spreadsheets need."""
     return table.encode("utf-8" if table.isascii() else "utf-8-sig", errors="replace")
 
 
