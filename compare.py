@@ -108,16 +108,21 @@ def _print_pair(names: list[str], runs_dir: Path) -> None:
 
 def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
     from comparison.overview import DEFAULT_LAST, overview_of, overview_of_all
-    from comparison.run_reader import display_path, read_runs
+    from comparison.run_reader import display_path, read_runs, run_folders
 
     page = _write_index(arguments.runs_dir)
     if names:
         baseline, *others = _find_runs(names, arguments.runs_dir)
         history, _ = read_runs(baseline.path.parent)
-        overview = overview_of(baseline, others, arguments.runs_dir, history)
+        text = overview_of(baseline, others, arguments.runs_dir, history).text
     else:
-        overview = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, arguments.baseline)
-    print_line(overview.text)
+        try:
+            text = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, arguments.baseline).text
+        except ConfigurationError as error:
+            if page is None or arguments.baseline is not None or not run_folders(arguments.runs_dir):
+                raise
+            text = str(error)  # there is nothing to compare yet, but the page has a row for each run
+    print_line(text)
     if page is not None:
         print_line(f"\nPage of all runs: {display_path(page)}")
 

@@ -25,7 +25,7 @@ from experiment.charts import draw_thumbnail
 from experiment.errors import ConfigurationError
 from experiment.files import write_atomically
 from experiment.formatting import format_duration
-from experiment.pages import folder_name, mark_as_stopped, relative_url, render
+from experiment.pages import folder_name, mark_as_stopped, read_progress, relative_url, render
 
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row
 LOCK_SECONDS = 10  # to wait for another process that writes the page; then it is written without the lock
@@ -69,11 +69,13 @@ def _content(runs_dir: Path) -> dict[str, Any]:
     shown = [_group(group, states, runs_dir) for group in groups.values()]
     if problems:
         shown.append(_group_of_unreadable(problems))
-    count = len(runs) + len(problems)
+    count, now = len(runs) + len(problems), datetime.now().astimezone()
     return {
         "folder": folder_name(runs_dir.absolute()),
         "count": "1 run" if count == 1 else f"{count} runs",
-        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "state": "running" if any(state.startswith("running") for state in states.values()) else "",
+        "written": f"{now:%Y-%m-%d %H:%M}",
+        "updated_seconds": f"{now.timestamp():.0f}",
         "groups": shown,
     }
 
@@ -103,20 +105,23 @@ def _as_unfinished(path: Path) -> FinishedRun:
 
 
 def _state_of_unfinished(path: Path) -> str:
-    """Return whether a run is running, from its lock; the report of one that was killed is marked as stopped."""
+    """Return the state of a run, from its lock and its report; the report of a killed run is marked as stopped."""
+    report = path / "report.html"
+    state, progress = read_progress(report)
     if (path / ".lock").exists():
         lock = FileLock(path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            return "running"
+            return f"running, {progress}" if progress else "running"
         except (OSError, NotImplementedError):  # a file system without locks: it may be running
             return "unfinished"
         try:
-            mark_as_stopped(path / "report.html")
+            mark_as_stopped(report)
         finally:
             lock.release()
-    return "stopped; the same command resumes it"
+    ended = "failed" if state == "failed" else "stopped"
+    return f"{ended}{f' after {progress}' if progress else ''}; the same command resumes it"
 
 
 def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> dict[str, Any]:

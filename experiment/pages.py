@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from experiment.errors import RunError
 from experiment.files import write_atomically
 
 if TYPE_CHECKING:
@@ -59,6 +61,17 @@ def folder_name(path: Path) -> str:
     return path.name.encode(errors="replace").decode()
 
 
+def read_progress(report: Path) -> tuple[str, str]:
+    """Return the state of an unfinished run and the epochs done, as its report shows them; "" for what it lacks."""
+    try:
+        with open(report, "rb") as file:
+            head = file.read(1000).decode(errors="replace")
+    except OSError:
+        return "", ""
+    state, progress = (re.search(f'data-{name}="([^"]*)"', head) for name in ("state", "progress"))
+    return state[1] if state else "", progress[1] if progress else ""
+
+
 def mark_as_stopped(report: Path) -> None:
     """Let the report of a run that was killed show that it is no longer running; it is not rewritten otherwise."""
     try:
@@ -68,4 +81,5 @@ def mark_as_stopped(report: Path) -> None:
     if RUNNING not in page:
         return
     page = page.replace(RUNNING, b'data-state="stopped"', 1)
-    write_atomically(report, re.sub(b"<noscript>.*?</noscript>", b"", page, count=1))
+    with suppress(RunError):  # a folder of another user
+        write_atomically(report, re.sub(b"<noscript>.*?</noscript>", b"", page, count=1))

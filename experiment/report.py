@@ -7,6 +7,7 @@ import shlex
 import statistics
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -27,7 +28,7 @@ from experiment.formatting import display_name, format_duration
 from experiment.identity import HYPERPARAMETERS
 from experiment.pages import render
 from experiment.plots import displayed_pixels
-from experiment.terminal import duration_line, print_line
+from experiment.terminal import duration_line, print_line, show_page
 
 if TYPE_CHECKING:
     from experiment.prepare import Experiment
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 NAME = "report.html"
 SCRIPTS = ("main_cnn.py", "main_tutorial.py")
 FOLDERS = {"data_dir": "data", "runs_dir": "runs"}  # their defaults in the scripts
-MAX_SHARE = 0.01  # of the training time, for rewriting the report
+REPORT_SHARE = 0.008  # of the training time, for rewriting the report
+INDEX_SHARE = 0.002  # and for rewriting the page of all runs
 SECONDS_ALIVE = 60  # after which the report is rewritten even if no epoch is done
 MIN_SILENCE = 600  # seconds without an update after which a page in the browser takes the run for killed
 # Heading, description of the picture and caption of each figure.
@@ -61,6 +63,34 @@ FIGURES = {
 }
 
 
+class _Budget:
+    """Allows an action as often as it takes at most a share of the time.
+
+    Parameters
+    ----------
+    share : float
+    seconds : float
+        About how long the action takes the first time.
+    """
+
+    def __init__(self, share: float, seconds: float) -> None:
+        self._share, self._last = share, seconds
+        self._started = time.monotonic()
+        self._total = 0.0
+
+    def allows_another(self) -> bool:
+        """Return whether the share also suffices for the action once more."""
+        return self._total + self._last <= self._share * (time.monotonic() - self._started)
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Count the time that the action takes."""
+        begin = time.monotonic()
+        yield
+        self._last = time.monotonic() - begin
+        self._total += self._last
+
+
 class Report:
     """The file report.html in a run's folder; it cannot end the run.
 
@@ -75,17 +105,18 @@ class Report:
         self._folder = folder
         self._checkpoints: Mapping[str, Checkpoint] = {}
         self._seconds_left: float | None = None
-        self._started = self._written = time.monotonic()
-        self._total_seconds = 0.0  # spent on rewriting
-        self._last_seconds = 0.05  # of the last rewriting
+        self._written = time.monotonic()
         self._longest_interval = 0.0  # between two epochs
-        self._failed = False
+        self._failed = self._index_failed = False
+        self._budget, self._index_budget = _Budget(REPORT_SHARE, 0.05), _Budget(INDEX_SHARE, 0.1)
+        self._display_id, self._is_displayed = uuid.uuid4().hex, False  # in a notebook
 
     def __enter__(self) -> Report:
         """Write the report, and the page of all runs."""
         self._write_unfinished("running")
-        with nonfatal("the page of all runs"):
-            write_index(self._folder.path.parent)
+        begin = time.monotonic()
+        self._write_index()
+        self._index_budget = _Budget(INDEX_SHARE, time.monotonic() - begin)
         print_line(f"Report, which shows the progress: {relative_to_cwd(self._folder.path / NAME)}")
         return self
 
@@ -117,12 +148,19 @@ class Report:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        begin = time.monotonic()
-        if self._failed or self._total_seconds + self._last_seconds > MAX_SHARE * (begin - self._started):
-            return
-        self._write_unfinished("running")
-        self._last_seconds = time.monotonic() - begin
-        self._total_seconds += self._last_seconds
+        if self._budget.allows_another() and not self._failed:
+            with self._budget.measure():
+                self._write_unfinished("running")
+        if self._index_budget.allows_another() and not self._index_failed:
+            with self._index_budget.measure():
+                self._write_index()
+
+    def _write_index(self) -> None:
+        """Write the page of all runs; after a failure, it is not tried again while the run is running."""
+        self._index_failed = True
+        with nonfatal("the page of all runs"):
+            write_index(self._folder.path.parent)
+            self._index_failed = False
 
     def finish(self, result: ExperimentResult, comparison: PairComparison | str, figures: Mapping[str, bytes]) -> None:
         """Write the complete report.
@@ -136,7 +174,7 @@ class Report:
             The figures as PNG files, by file name.
         """
         with nonfatal(NAME):
-            self._folder.save(NAME, report_page(result, self._experiment, comparison, figures))
+            self._save(report_page(result, self._experiment, comparison, figures))
 
     def __exit__(self, exception_type: type[BaseException] | None, exception: BaseException | None, _: object) -> None:
         """After an error or an interruption, show which, and how to resume the run."""
@@ -158,9 +196,16 @@ class Report:
             page = unfinished_page(
                 experiment, self._folder.path, self._checkpoints, state, reason, self._seconds_left, silence
             )
-            self._folder.save(NAME, page)
+            self._save(page)
             self._failed = False
         self._written = time.monotonic()
+
+    def _save(self, page: bytes) -> None:
+        """Write the report and, in a notebook, show it below the cell."""
+        self._folder.save(NAME, page)
+        with nonfatal("the report under the cell"):
+            show_page(page, self._display_id, update=self._is_displayed)
+            self._is_displayed = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from experiment.report import Report, index_at_end
 from experiment.results import ExperimentResult, make_result
 from experiment.run_directory import RunDirectory
 from experiment.settings import TrainingConfig
-from experiment.terminal import duration_line, folds_table, print_line, show_page, test_table
+from experiment.terminal import duration_line, folds_table, print_line, test_table
 from experiment.training import train_all
 from experiment.wandb_logging import WandbRuns
 
@@ -97,8 +97,6 @@ def publish(
     print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.html')}")
     if comparison:
         print_line(f"\n{comparison if isinstance(comparison, str) else comparison.text}")
-    with nonfatal("the report under the cell"):
-        show_page(folder.path / "report.html")
 
 
 def raise_for_failures(result: ExperimentResult) -> None:

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
@@ -167,18 +166,19 @@ def _redirect_to_null(stream: TextIO) -> None:
     os.close(null)
 
 
-def show_page(path: Path) -> None:
-    """Show an HTML page below the cell if this runs in a notebook."""
+def show_page(page: bytes, display_id: str, update: bool) -> None:
+    """Show an HTML page below the cell if this runs in a notebook; an update replaces the page with the same id."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None or not hasattr(shell, "kernel"):
         return
     from IPython.display import HTML, display
 
-    page = html.escape(path.read_text(encoding="utf-8"))
+    source = html.escape(page.decode().replace("<nav ", "<nav hidden "))  # its links are relative to the page's folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of IPython, which recommends IFrame; a server may not serve the page's folder
-        display(HTML(f'<iframe srcdoc="{page}" title="Report" style="width: 100%; height: 45em; border: 0"></iframe>'))
+        frame = HTML(f'<iframe srcdoc="{source}" title="Report" style="width: 100%; height: 45em; border: 0"></iframe>')
+    display(frame, display_id=display_id, update=update)
 
 
 def folds_table(result: ExperimentResult) -> str:

@@ -50,8 +50,10 @@ def test_without_names_all_comparable_runs_are_shown(command: Run, before: Path)
 
 
 def test_single_run_has_nothing_to_be_compared_with(command: Run, before: Path) -> None:
-    message = "Bad configuration:\n  There is nothing in runs to compare runs/before with.\n"
-    assert command() == (message, 2)
+    message = "There is nothing in runs to compare runs/before with.\n\nPage of all runs: runs/index.html\n"
+    assert command() == (message, 0)
+    assert "1 run, written" in (before.parent / "index.html").read_text(encoding="utf-8")
+    assert command("--baseline", "before") == (f"Bad configuration:\n  {message.splitlines()[0]}\n", 2)
     reason = "runs/before: First finished run: there is nothing to compare it with yet."
     assert command("before") == (f"Bad configuration:\n  {reason}\n", 2)
     make_run(before.parent / "other", rng_seed=315, images="77")

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, start_python
 from filelock import FileLock
+from hand_made import HISTORIES, make_experiment
 from synthetic_runs import BASE, BETTER, make_identity, make_run, write_json
 
 from comparison.index import write_index
+from experiment import pages
+from experiment.errors import RunError
 from experiment.pages import relative_url
+from experiment.report import unfinished_page
 
 
 def write(runs_dir: Path) -> str:
@@ -67,6 +71,40 @@ def test_running_and_stopped_runs_are_rows_and_a_killed_runs_page_says_so(tmp_pa
     assert (stopped / "report.html").read_text(encoding="utf-8") == (
         '<html data-state="stopped"><script>"running"</script>'
     )
+
+
+def test_rows_show_the_epochs_of_unfinished_runs_and_which_have_failed(tmp_path: Path) -> None:
+    runs = [make_unfinished(tmp_path / f"N-20261126-18300{number}", epochs=number + 1) for number in range(3)]
+    checkpoints = {name: {"history": history, "failure": None} for name, history in HISTORIES.items()}
+    for run, state in zip(runs, ("failed", "interrupted", "running"), strict=True):
+        (run / "report.html").write_bytes(unfinished_page(make_experiment(), run, checkpoints, state))
+    with FileLock(runs[2] / ".lock"):
+        states = [re.findall("(?:running|failed|stopped).*", row) for row in rows_of(write(tmp_path))]
+    assert states == [
+        ["running, 6 of 6 epochs"],
+        ["stopped after 6 of 6 epochs; the same command resumes it"],
+        ["failed after 6 of 6 epochs; the same command resumes it"],
+    ]
+
+
+def test_page_reloads_itself_only_while_a_run_is_running(tmp_path: Path) -> None:
+    with FileLock(make_unfinished(tmp_path / "run") / ".lock"):
+        page = write(tmp_path)
+        assert 'data-state="running"' in page and "Stop reloading</button>" in page and 'http-equiv="refresh"' in page
+    page = write(tmp_path)
+    assert 'data-state=""' in page and "Stop reloading</button>" not in page and 'http-equiv="refresh"' not in page
+
+
+def test_page_of_a_killed_run_in_a_folder_of_another_user_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path, _content: bytes) -> None:
+        raise RunError("Permission denied")
+
+    monkeypatch.setattr(pages, "write_atomically", refuse)
+    run = make_unfinished(tmp_path / "run")
+    (run / ".lock").touch()
+    assert "stopped" in rows_of(write(tmp_path))[0]
 
 
 def test_folder_that_cannot_be_read_is_a_row_with_the_reason(tmp_path: Path) -> None:

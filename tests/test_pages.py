@@ -1,5 +1,6 @@
 """The pages in a real browser: Chromium without a display; skipped where it or its driver is not installed."""
 
+import html
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Start, finish, run_dirs, wait_for
+from filelock import FileLock
 from hand_made import HISTORIES, RUN_DIR, make_experiment, make_hand_made_result
 from synthetic_runs import BASE, BETTER, NOISE, make_run
 
@@ -168,6 +170,59 @@ def test_live_page_reloads_keeps_its_place_and_stops(tmp_path: Path, open_page: 
     page.evaluate("window.mark = 1")
     time.sleep(6)
     assert page.evaluate("window.mark") == 1  # it was not loaded again
+
+
+def test_page_of_all_runs_reloads_keeps_its_order_and_stops(tmp_path: Path, open_page: Open) -> None:
+    runs_dir = tmp_path / "runs"
+    for number in range(40):
+        make_run(runs_dir / f"N-20261126-1830{number:02}", BASE + number % 7 / 1000, minutes=number, epochs=number)
+    unfinished = make_run(runs_dir / "N-20261126-190000")
+    (unfinished / "results.json").rename(tmp_path / "results.json")
+    (unfinished / "report.html").write_bytes(running_page(1))
+    with FileLock(unfinished / ".lock"):
+        page = open_page(write_index(runs_dir))
+        assert page.get_by_text("running, 3 of 6 epochs").is_visible()
+        page.get_by_role("button", name="Accuracy").press("Enter")
+        rows = page.locator("tbody tr").all_inner_texts()
+        page.evaluate("scrollTo(0, 500)")
+        (unfinished / "report.html").write_bytes(running_page(2))
+        write_index(runs_dir)
+        page.get_by_text("running, 6 of 6 epochs").wait_for(state="attached", timeout=15000)
+        assert page.locator("tbody tr").all_inner_texts()[:-1] == rows[:-1]  # the last row is that of the running run
+        assert page.evaluate("scrollY") == 500
+        assert page.evaluate("document.activeElement.textContent") == "Accuracy"
+    (tmp_path / "results.json").rename(unfinished / "results.json")
+    write_index(runs_dir)
+    page.get_by_text("This page reloads itself").wait_for(state="detached", timeout=15000)
+
+
+def test_page_is_not_reloaded_while_text_is_selected(tmp_path: Path, open_page: Open) -> None:
+    path = tmp_path / "report.html"
+    path.write_bytes(running_page(1))
+    page = open_page(path)
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('pre'))")
+    path.write_bytes(running_page(2))
+    time.sleep(6)
+    assert page.get_by_text("3 of 6 epochs are done").is_visible()
+    page.evaluate("getSelection().removeAllRanges()")
+    page.get_by_text("6 of 6 epochs are done").wait_for(timeout=8000)
+
+
+def test_page_in_a_notebook_keeps_its_place_and_is_not_reloaded(tmp_path: Path, open_page: Open) -> None:
+    frame = '<div><iframe srcdoc="{}" style="width: 500px; height: 300px"></iframe></div>'
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<!DOCTYPE html>{frame.format(html.escape(running_page(1).decode()))}", encoding="utf-8")
+    page = open_page(notebook)
+    inner = page.frames[1]
+    inner.get_by_text("3 of 6 epochs are done").wait_for()
+    assert not inner.get_by_role("button", name="Stop reloading").is_visible()
+    inner.evaluate("scrollTo(0, 200); window.mark = 1")
+    time.sleep(6)
+    assert inner.evaluate("window.mark") == 1
+    update = frame.format(html.escape(running_page(2).decode()))
+    page.evaluate("update => document.querySelector('div').outerHTML = update", update)
+    page.frames[1].get_by_text("6 of 6 epochs are done").wait_for()
+    assert page.frames[1].evaluate("scrollY") == 200
 
 
 def test_page_of_a_killed_run_stops_claiming_that_it_runs(tmp_path: Path, open_page: Open) -> None:

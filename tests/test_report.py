@@ -296,11 +296,29 @@ def test_report_is_rewritten_in_at_most_a_hundredth_of_the_time(clock: Clock, tm
         clock.now += 2  # seconds per page
 
     report = Report(make_experiment(), make_folder(tmp_path / "run", save))
-    # At second 202, 2 seconds have been spent, and 2 more would make 4.
-    for second, pages in ((4, 0), (6, 1), (399, 1), (401, 2), (599, 2), (601, 3)):
+    # At second 500, 2 seconds have been spent, and 2 more make 4, which is 0.8 %.
+    for second, pages in ((5, 0), (7, 1), (499, 1), (501, 2), (749, 2), (751, 3)):
         clock.now = 1000 + second
         report.update(checkpoints_of(HISTORIES), 1.0)
         assert saved == ["report.html"] * pages, second
+
+
+def test_page_of_all_runs_is_rewritten_in_at_most_a_fifth_of_that_time(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write_index(runs_dir: Path) -> None:
+        written.append(runs_dir)
+        clock.now += 1
+
+    monkeypatch.setattr(report_module, "write_index", write_index)
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None))
+    report.__enter__()
+    for second, pages in ((499, 1), (502, 2), (999, 2), (1003, 3)):
+        clock.now = 1000 + second
+        report.update(checkpoints_of(HISTORIES), 1.0)
+        assert written == [tmp_path] * pages, second
 
 
 def test_report_is_kept_alive_once_a_minute(clock: Clock, tmp_path: Path) -> None:
@@ -342,6 +360,11 @@ def test_error_is_shown_at_the_end_unless_it_may_contain_a_secret(
     with pytest.raises(type(error)), report:
         raise error
     assert len(pages) == 2 and shown in text_of(pages[1].decode()) and b"a secret" not in pages[1]
+
+
+def test_page_of_a_run_without_a_finished_epoch_says_so() -> None:
+    text = text_of(unfinished_page(make_experiment(), RUN_DIR, {}, "failed", "The disk is full.").decode())
+    assert "No epoch was finished. To start again:\npython main_tutorial.py" in text and "saved" not in text
 
 
 def test_report_of_a_finished_run_is_not_replaced_by_a_later_error(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import IPython
@@ -267,16 +266,15 @@ def test_duration_line(resumed: bool, line: str, result: ExperimentResult) -> No
 # Notebooks (`test_notebook.py` has a real one)
 
 
-def test_page_is_shown_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_page_is_shown_only_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(IPython.display, "display", lambda page: shown.append(page.data))
-    path = tmp_path / "page.html"
-    path.write_text('<p title="a">é</p>', encoding="utf-8")
+    monkeypatch.setattr(IPython.display, "display", lambda page, **_: shown.append(page.data))
+    page = '<p title="a">é</p><nav aria-label="Pages">'.encode()
     for shell in (None, SimpleNamespace()):  # plain Python, IPython in a terminal
         monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
-        terminal.show_page(path)
+        terminal.show_page(page, "id", update=False)
         assert shown == []
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel="a kernel"))
-    terminal.show_page(path)
+    terminal.show_page(page, "id", update=False)
     (frame,) = shown
-    assert 'srcdoc="&lt;p title=&quot;a&quot;&gt;é&lt;/p&gt;"' in frame
+    assert 'srcdoc="&lt;p title=&quot;a&quot;&gt;é&lt;/p&gt;&lt;nav hidden aria-label=&quot;Pages&quot;&gt;"' in frame
