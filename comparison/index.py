@@ -24,7 +24,7 @@ from comparison.run_reader import (
 from experiment.charts import draw_thumbnail
 from experiment.errors import ConfigurationError
 from experiment.files import write_atomically
-from experiment.formatting import format_duration
+from experiment.formatting import format_duration, format_metric
 from experiment.pages import folder_name, mark_as_stopped, read_progress, relative_url, render
 
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row
@@ -150,8 +150,11 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
         changes.append(found)
         frequency.update({change.text for change in found or []})
     rows = []
+    minutes = Counter(f"{run.created:%Y%m%d%H%M}" for run in runs)
     for run, found in zip(runs, changes, strict=True):
         row = _row_of(run, compared.get(run.path), limits)
+        if row["has_time"]:
+            row["when"] = _when(run.created, minutes[f"{run.created:%Y%m%d%H%M}"] > 1)
         row["change"] = (
             describe_changes(found, MAX_CHANGES_WIDTH, frequency) if found is not None else "no earlier result"
         )
@@ -169,9 +172,15 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
     }
 
 
+def _when(created: datetime, with_seconds: bool) -> str:
+    """Return a time with what is needed to tell it from others: the seconds, and the year if it is another one."""
+    year = "" if created.year == datetime.now().year else " %Y"
+    return created.strftime(f"%d %b{year} %H:%M{':%S' if with_seconds else ''}")
+
+
 def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, float]) -> dict[str, Any]:
     row = _empty_row(run.path)
-    row["when"] = f"{run.created:%d %b %H:%M}" if time_in_name(run.path.name) else row["name"]
+    row["when"] = row["name"]
     row["has_time"] = time_in_name(run.path.name) is not None
     row["order"] = f"{run.created.timestamp():.0f}"
     if run.diverged:
@@ -181,7 +190,7 @@ def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, flo
     for metric in METRICS:
         if run.folds:
             mean = float(np.mean([getattr(fold, metric) for fold in run.folds.values()]))
-            row |= {metric: f"{mean:.4f}" if abs(mean) < 1000 else f"{mean:.4g}", f"{metric}_order": f"{mean:.9g}"}
+            row |= {metric: format_metric(mean), f"{metric}_order": f"{mean:.9g}"}
         if pair is not None:
             row[f"{metric}_plot"] = svg_row(pair.metrics[metric], limits[metric])
     if pair is not None:

@@ -22,7 +22,7 @@ from comparison.forest_plot import add_title, draw_panel
 from comparison.run_reader import FinishedRun, Fold, as_run, display_path, read_runs
 from comparison.statistics import MetricDifference, NoisePrior, compare_metric, correct_together, estimate_prior
 from experiment.errors import ConfigurationError
-from experiment.formatting import WIDTH, display_name
+from experiment.formatting import WIDTH, display_name, format_metric
 from experiment.identity import has_unequal_classes
 
 if TYPE_CHECKING:
@@ -240,18 +240,18 @@ def describe_noise(noise: BaselineNoise, differences: Iterable[MetricDifference]
 def _metric_lines(difference: MetricDifference) -> list[str]:
     old, new = float(np.mean(difference.before)), float(np.mean(difference.after))
     lines = [
-        f"  {difference.metric:<10}{old:.4f} → {new:.4f}   {format_change(difference)}",
+        f"  {difference.metric:<10}{format_metric(old)} → {format_metric(new)}   {format_change(difference)}",
         f"{'':12}{verdict_with_reason(difference)}",
     ]
     if difference.has_interval and difference.verdict == "not significant":
-        lines.append(f"{'':12}A difference of {difference.detectable:.4f} would be found in 80 % of cases.")
+        lines.append(f"{'':12}A difference of {format_metric(difference.detectable)} would be found in 80 % of cases.")
     return lines
 
 
 def format_change(difference: MetricDifference) -> str:
     """Return the mean difference with its interval, such as ``+0.0015 ± 0.0012 (95 %)``."""
     mean = signed(difference.mean)
-    return f"{mean} ± {difference.ci_half_width:.4f} (95 %)" if difference.has_interval else mean
+    return f"{mean} ± {format_metric(difference.ci_half_width)} (95 %)" if difference.has_interval else mean
 
 
 def verdict_with_reason(difference: MetricDifference) -> str:
@@ -283,4 +283,5 @@ def _indent(text: str, indent: int) -> list[str]:
 
 def signed(value: float, digits: int = 4) -> str:
     """Return a number with its sign and a typographic minus; a number that is rounded to zero is +0."""
-    return f"{value:+z.{digits}f}".replace("-", "−")
+    number = f"{value:+z.{digits}f}" if abs(value) < 10000 else f"{value:+.4g}"
+    return number.replace("-", "−")

@@ -9,7 +9,7 @@ from comparison.forest_plot import axis_limit, svg_axis, svg_row
 from comparison.pair import PairComparison, format_change, verdict_with_reason
 from comparison.statistics import MetricDifference
 from experiment.files import write_atomically
-from experiment.formatting import display_name
+from experiment.formatting import display_name, format_metric
 from experiment.pages import folder_name, render
 
 
@@ -50,8 +50,8 @@ def _table(caption: str, heading: str, differences: list[MetricDifference]) -> d
     for difference in differences:
         row = {
             "name": display_name(difference.metric) if heading == "class" else difference.metric,
-            "before": f"{np.mean(difference.before):.4f}",
-            "after": f"{np.mean(difference.after):.4f}",
+            "before": format_metric(float(np.mean(difference.before))),
+            "after": format_metric(float(np.mean(difference.after))),
             "change": format_change(difference).removesuffix(" (95 %)"),
             "plot": svg_row(difference, limit),
             "verdict": difference.verdict,

@@ -239,6 +239,8 @@ def read_run(path: Path) -> FinishedRun:
     ConfigurationError
         With one line, if there is none or if another version of this program wrote it.
     """
+    if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+        raise ConfigurationError(f"{display_path(path)} cannot be read (Permission denied).")
     if not os.path.exists(path / "config.json"):
         raise ConfigurationError(f"{display_path(path)} is not a run: it has no config.json.")
     if not os.path.exists(path / "results.json"):

@@ -14,6 +14,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
+def format_metric(value: float) -> str:
+    """Return a metric with four decimals; a number of many digits, such as a loss that explodes, as ``2.545e+15``."""
+    return f"{value:.4f}" if abs(value) < 10000 else f"{value:.4g}"
+
+
 def display_name(class_name: str) -> str:
     """Return the name of a class; a digit becomes ``class 3``, so that nobody reads it as a metric."""
     return f"class {class_name}" if class_name.isdigit() else class_name

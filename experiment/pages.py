@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # HTML has only tab and newline; names may have all
 RUNNING = b'data-state="running"'
 
 
@@ -27,7 +28,8 @@ def render(template: str, **content: Any) -> bytes:
     Every string is shown as text, never as markup, except those that the template marks as safe: SVG drawings, which
     contain numbers and fixed words only.
     """
-    return _environment().get_template(template).render(content).encode(errors="replace")
+    page = _environment().get_template(template).render(content)
+    return CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", page).encode(errors="replace")
 
 
 @cache

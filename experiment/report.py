@@ -24,7 +24,7 @@ from data_files import PROJECT_DIR, resolve_path
 from experiment.charts import draw_learning_curves
 from experiment.errors import RunError, nonfatal
 from experiment.files import relative_to_cwd
-from experiment.formatting import display_name, format_duration
+from experiment.formatting import display_name, format_duration, format_metric
 from experiment.identity import HYPERPARAMETERS
 from experiment.pages import render
 from experiment.plots import displayed_pixels
@@ -253,7 +253,11 @@ def unfinished_page(
     for name, history in histories.items():
         last = history[-1] if history else {}
         accuracy = last.get("validation/accuracy", last.get("train/accuracy"))
-        fits.append({"name": name, "done": len(history), "accuracy": "" if accuracy is None else f"{accuracy:.4f}"})
+        fit: dict[str, Any] = {"name": name, "done": len(history), "epochs": epochs}
+        fit["accuracy"] = "" if accuracy is None else f"{accuracy:.4f}"
+        if checkpoints and checkpoints[name]["failure"]:
+            fit |= {"epochs": len(history), "accuracy": "diverged"}
+        fits.append(fit)
     content = _common_content(experiment, run_dir, histories) | {
         "state": state,
         "reason": reason,
@@ -261,8 +265,8 @@ def unfinished_page(
         "max_silence": f"{max_silence:.0f}",
         "fits": fits,
         "epochs": epochs,
-        "epochs_done": sum(map(len, histories.values())),
-        "epochs_total": epochs * len(histories),
+        "epochs_done": sum(fit["done"] for fit in fits),
+        "epochs_total": sum(fit["epochs"] for fit in fits),
         "left": format_duration(seconds_left) if seconds_left else "",
     }
     return render("report.html.jinja", **content)
@@ -408,18 +412,20 @@ def _plain(value: Any) -> Any:
 def _result_content(result: ExperimentResult) -> dict[str, Any]:
     content: dict[str, Any] = {"test": None, "classes": [], "mean": None}
     content["folds"] = [
-        {"name": fold.name, "accuracy": f"{fold.accuracy:.4f}", "loss": f"{fold.loss:.4f}"} for fold in result.folds
+        {"name": fold.name, "accuracy": f"{fold.accuracy:.4f}", "loss": format_metric(fold.loss)}
+        for fold in result.folds
     ]
     mean = result.cross_validation
     if mean:
         content["mean"] = {
-            metric: f"{mean[f'{metric}_mean']:.4f} ± {mean[f'{metric}_std']:.4f}" for metric in ("accuracy", "loss")
+            metric: f"{format_metric(mean[f'{metric}_mean'])} ± {format_metric(mean[f'{metric}_std'])}"
+            for metric in ("accuracy", "loss")
         }
     if result.final:
         images = int(result.final.report["macro avg"]["support"])
         content["test"] = {
             "accuracy": f"{result.final.accuracy:.4f}",
-            "loss": f"{result.final.loss:.4f}",
+            "loss": format_metric(result.final.loss),
             "images": f"{images:,}",
         }
         for name, row in result.final.report.items():
@@ -503,7 +509,7 @@ def _epoch_table(result: ExperimentResult) -> dict[str, list[Any]]:
     columns = standard | own
     rows = []
     for epochs in zip(*histories, strict=True):
-        means = [f"{statistics.fmean(epoch[name] for epoch in epochs):.4f}" for name in columns]
+        means = [format_metric(statistics.fmean(epoch[name] for epoch in epochs)) for name in columns]
         rows.append([f"{epochs[0]['epoch']}", *means])
     return {"columns": ["epoch", *columns.values()], "rows": rows}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_utils import light_background_share
+from experiment.formatting import format_metric
 from experiment.identity import has_unequal_classes
 from experiment.predictions import (
     DoubtfulLabel,
@@ -138,7 +139,7 @@ class ExperimentResult:
         """Return three lines: the run directory, the test's metrics and those of the folds."""
         test = "no final fit: it diverged"
         if self.final:
-            test = f"test accuracy {self.final.accuracy:.4f}, loss {self.final.loss:.4f}"
+            test = f"test accuracy {self.final.accuracy:.4f}, loss {format_metric(self.final.loss)}"
         folds = f"{len(self.folds)} folds"
         summary = self.cross_validation
         if summary:

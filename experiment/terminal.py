@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from experiment.formatting import display_name, format_duration
+from experiment.formatting import display_name, format_duration, format_metric
 
 if TYPE_CHECKING:  # imports torch
     from experiment.results import ExperimentResult, FitResult, History
@@ -134,8 +134,8 @@ def _table_row(number: int, epoch: list[dict[str, float]], seconds: float) -> st
     accuracies = [metrics["validation/accuracy"] for metrics in epoch]
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return (
-        f"{number:>6} │ {means['train/loss']:>10.4f}  {means['train/accuracy']:>8.4f} │ "
-        f"{means['validation/loss']:>15.4f}  {means['validation/accuracy']:>8.4f} ± {deviation:<9.4f} │"
+        f"{number:>6} │ {format_metric(means['train/loss']):>10}  {means['train/accuracy']:>8.4f} │ "
+        f"{format_metric(means['validation/loss']):>15}  {means['validation/accuracy']:>8.4f} ± {deviation:<9.4f} │"
         f"{format_duration(seconds):>7}"
     )
 
@@ -186,16 +186,17 @@ def folds_table(result: ExperimentResult) -> str:
     if not result.folds:
         return "Cross-validation: all folds diverged"
     lines = ["Cross-validation", "  fold      accuracy     loss"]
-    lines += [f"  {fold.name:<10}{fold.accuracy:>8.4f}{fold.loss:>9.4f}" for fold in result.folds]
+    lines += [f"  {fold.name:<10}{fold.accuracy:>8.4f}{format_metric(fold.loss):>9}" for fold in result.folds]
     if result.has_unequal_classes:
         lines[1] += "   macro F1"
         for number, fold in enumerate(result.folds, start=2):
             lines[number] += f"{fold.report['macro avg']['f1-score']:>11.4f}"
     summary = result.cross_validation
     if summary:
+        loss, deviation = (format_metric(summary[name]) for name in ("loss_mean", "loss_std"))
         lines.append(
             f"  accuracy {summary['accuracy_mean']:.4f} ± {summary['accuracy_std']:.4f} · "
-            f"loss {summary['loss_mean']:.4f} ± {summary['loss_std']:.4f} (mean ± standard deviation)"
+            f"loss {loss} ± {deviation} (mean ± standard deviation)"
         )
         if result.has_unequal_classes:
             lines.append(f"  macro F1 {summary['macro_f1_mean']:.4f} ± {summary['macro_f1_std']:.4f}")
@@ -212,7 +213,7 @@ def test_table(final: FitResult) -> str:
     ]
     for name, row in rows:
         lines.append(f"  {name:<{width}}{row['precision']:>11.4f}{row['recall']:>9.4f}{row['f1-score']:>9.4f}")
-    lines.append(f"  accuracy {final.accuracy:.4f} · loss {final.loss:.4f} (mean cross-entropy per image)")
+    lines.append(f"  accuracy {final.accuracy:.4f} · loss {format_metric(final.loss)} (mean cross-entropy per image)")
     return "\n".join(lines)
 
 

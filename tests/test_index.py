@@ -2,6 +2,7 @@
 
 import html
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_running_and_stopped_runs_are_rows_and_a_killed_runs_page_says_so(tmp_pa
     assert (stopped / "report.html").read_text(encoding="utf-8") == (
         '<html data-state="stopped"><script>"running"</script>'
     )
+
+
+def test_rows_show_the_seconds_and_the_year_where_runs_are_not_told_apart_otherwise(tmp_path: Path) -> None:
+    year = datetime.now().year
+    names = ("N-20191126-183000", f"N-{year}0126-183000", f"N-{year}0126-183001", f"N-{year}0127-183001")
+    for minutes, name in enumerate(names):
+        make_run(tmp_path / name, minutes=minutes)
+    times = [row.split(" repetition")[0].split(" no earlier")[0] for row in rows_of(write(tmp_path))]
+    assert times == ["27 Jan 18:30", "26 Jan 18:30:01", "26 Jan 18:30:00", "26 Nov 2019 18:30"]
 
 
 def test_rows_show_the_epochs_of_unfinished_runs_and_which_have_failed(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_epochs_table_has_the_means_over_the_folds(result: ExperimentResult) -> 
 
 def test_figures_are_inside_the_page_with_a_description(result: ExperimentResult) -> None:
     report = make_report(result)
-    images = re.findall(r'<figure><img src="(.*?)" alt="(.*?)">', report)
+    images = re.findall(r'<img src="(.*?)" alt="(.*?)"></div>', report)
     assert [source for source, _ in images] == ["data:image/png;base64,iVBORw=="] * 3
     per_class, confusion, mistakes = (alt for _, alt in images)
     assert "Best on the test images: Bag 1.000; worst: " in per_class
@@ -237,11 +237,11 @@ def test_models_file_in_another_encoding_is_searched_for_the_network(
 
 
 def test_names_are_text_never_markup(result: ExperimentResult) -> None:
-    name = """<b>&"'🐈</b>"""
+    name = """<b>&"'🐈\a</b>"""
     assert result.final is not None
     report = {name if each == "Coat" else each: row for each, row in result.final.report.items()}
     page = make_report(replace(result, final=replace(result.final, report=report)), network=name)
-    assert "<b>" not in page and html.unescape(page).count(name) >= 4
+    assert "<b>" not in page and html.unescape(page).count(name.replace("\a", "\N{REPLACEMENT CHARACTER}")) >= 4
 
 
 # While the run is on
@@ -259,6 +259,14 @@ def test_page_of_a_running_run_shows_the_progress_and_reloads() -> None:
     rows = text_of(section(page, "progress")).splitlines()
     assert rows[2:5] == ["fold-1 2 2 of 2 0.7500", "fold-2 2 2 of 2 0.5000", "final 1 1 of 2 0.6250"]
     assert page.count('<svg class="chart"') == 2 and "model.pt" not in page
+
+
+def test_page_of_a_running_run_names_the_fits_that_diverged() -> None:
+    checkpoints = checkpoints_of(HISTORIES)
+    checkpoints["fold-1"] = {"history": HISTORIES["fold-1"][:1], "failure": "fold-1 diverged in epoch 1."}
+    page = unfinished_page(make_experiment(), RUN_DIR, checkpoints, "running").decode()
+    assert "5 of 5 epochs are done" in page and "fold-1 diverged in epoch 1." in page.split("<h2")[0]
+    assert "fold-1 1 1 of 2 diverged" in text_of(section(page, "progress"))
 
 
 def test_page_at_the_start_has_no_curves() -> None:
