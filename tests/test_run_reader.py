@@ -61,6 +61,14 @@ def test_unfinished_run_is_refused(before: Path) -> None:
         read_run(before)
 
 
+def test_folder_that_may_not_be_entered_is_refused_with_the_reason(
+    before: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may enter every folder
+    with pytest.raises(ConfigurationError, match=r"^\S*before cannot be read \(Permission denied\)\.$"):
+        read_run(before)
+
+
 def test_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is not a run: it has no config.json.$"):
         read_run(tmp_path)
