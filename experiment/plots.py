@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from experiment.results import ExperimentResult, FitResult, History
 
+CAPTION_WIDTH = 31  # characters above a picture; longer lines would cover the next caption
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
 
 
@@ -161,7 +163,8 @@ def _draw_mistakes(result: ExperimentResult) -> Figure:
     captions = []
     for mistake in result.mistakes:
         true, predicted = display_name(mistake.true), display_name(mistake.predicted)
-        captions.append(f"true: {true}\npredicted: {predicted} ({100 * mistake.probability:.1f} %)")
+        lines = (f"true: {true}", f"predicted: {predicted} ({100 * mistake.probability:.1f} %)")
+        captions.append("\n".join(textwrap.fill(line, CAPTION_WIDTH) for line in lines))
     images = [displayed_pixels(mistake.image, result.is_light_on_dark) for mistake in result.mistakes]
     return _draw_gallery(title, images, captions)
 

@@ -100,7 +100,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["finished", "diverged", "interrupted", "failed", "pair", "index"])
 def test_page_fits_every_width_in_light_and_dark(name: str, pages: dict[str, Path], open_page: Open) -> None:
-    for width in (360, 800, 1440):
+    for width in (320, 360, 800, 1160, 1280, 1440):
         for scheme, is_dark in (("light", False), ("dark", True)):
             page = open_page(pages[name], width, scheme)
             assert not page.evaluate(SCROLL_BAR), width
