@@ -146,6 +146,37 @@ def test_pages_are_complete_without_script(pages: dict[str, Path], open_page: Op
     assert open_page(pages["finished"], script=False).get_by_text("0.7000").first.is_visible()
 
 
+def test_rows_that_are_equal_in_a_column_keep_their_order(pages: dict[str, Path], open_page: Open) -> None:
+    page = open_page(pages["index"])
+    newest_first = page.locator("tbody th").all_inner_texts()
+    page.get_by_role("button", name="Took").click()  # all took 42 s
+    assert page.locator("tbody th").all_inner_texts() == newest_first
+    page.get_by_role("button", name="Took").click()
+    assert page.locator("tbody th").all_inner_texts() == newest_first
+
+
+def test_page_works_where_a_browser_stores_nothing(pages: dict[str, Path], tmp_path: Path, open_page: Open) -> None:
+    sandbox = tmp_path / "server.html"  # servers of build artifacts show pages like this
+    source = html.escape(pages["index"].read_text(encoding="utf-8"))
+    sandbox.write_text(
+        f'<!DOCTYPE html><iframe sandbox="allow-scripts" width="1300" srcdoc="{source}"></iframe>', encoding="utf-8"
+    )
+    frame = open_page(sandbox).frames[1]
+    frame.get_by_role("button", name="Accuracy").click()
+    assert frame.locator("th[aria-sort=ascending]").inner_text().startswith("Accuracy")
+
+
+@pytest.mark.parametrize("name", ["finished", "pair", "index"])
+def test_pages_are_printed_dark_on_light_with_tables_that_fit(
+    name: str, pages: dict[str, Path], open_page: Open
+) -> None:
+    page = open_page(pages[name], 1000 if name == "index" else 680, "dark")  # A4 within its margins
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.querySelector('table.cards')).display") == "table"
+    assert not page.evaluate(SCROLL_BAR)
+
+
 def running_page(epochs: int, **options: Any) -> bytes:
     histories = {name: history[:epochs] for name, history in HISTORIES.items()}
     checkpoints = {name: {"history": history, "failure": None} for name, history in histories.items()}
