@@ -489,9 +489,8 @@ def _figure_summary(name: str, result: ExperimentResult) -> str:
         count, true, predicted = max(mistakes, default=(0, "", ""))
         if not count:
             return "No class is confused with another."
-        return (
-            f"Most frequent confusion: {count} images of {display_name(true)} predicted as {display_name(predicted)}."
-        )
+        images = "1 image" if count == 1 else f"{count} images"
+        return f"Most frequent confusion: {images} of {display_name(true)} predicted as {display_name(predicted)}."
     shown = [
         f"{display_name(each.true)} predicted as {display_name(each.predicted)} ({100 * each.probability:.1f} %)"
         for each in result.mistakes[:6]
