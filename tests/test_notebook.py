@@ -41,7 +41,7 @@ def test_script_pasted_into_a_cell_runs_and_shows_its_report(script: Any, tmp_pa
     outputs = run_cell(tmp_path, script)
     assert "Report, with pictures: runs/" in text_of(outputs)
     (frame,) = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-    assert frame.startswith("<iframe srcdoc=") and frame.count("&lt;figure&gt;&lt;img") == 3
+    assert frame.startswith("<iframe srcdoc=") and frame.count("&lt;figure&gt;&lt;div") == 3
     assert not [output for output in outputs if output["output_type"] == "error"]
 
 
