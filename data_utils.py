@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STATISTICS_CHUNK = 1024  # images whose pixels are counted at a time, so that no copy of all images is needed
+STATISTICS_CHUNK = 2**20  # pixels that are counted at a time, so that no copy of all images is needed
 
 
 class Dataset(NamedTuple):
@@ -77,8 +77,9 @@ def pixel_statistics(images: Tensor, rows: Tensor | None = None) -> tuple[tuple[
     channels = 1 if images.dim() == 3 else images.shape[1]
     counts = torch.zeros(channels, 256, dtype=torch.int64)
     number = len(images) if rows is None else len(rows)
-    for start in range(0, number, STATISTICS_CHUNK):
-        end = min(start + STATISTICS_CHUNK, number)
+    chunk_size = max(1, STATISTICS_CHUNK // images[0].numel())
+    for start in range(0, number, chunk_size):
+        end = min(start + chunk_size, number)
         chunk = images[start:end] if rows is None else images[rows[start:end]]
         for channel in range(channels):
             pixels = chunk if images.dim() == 3 else chunk[:, channel]
@@ -163,13 +164,15 @@ class Batches:
             order = self.rows[order]
         indices = order.to(self.device).split(self.batch_size)
         for index in indices[: len(self)]:
-            images = self.images[index]
-            if images.dim() == 3:
-                images = images.unsqueeze(1)
-            if self.mirror:
-                is_mirrored = torch.rand(len(index), 1, 1, 1).to(self.device) < 0.5
-                images = torch.where(is_mirrored, images.flip(-1), images)
-            images = images.float()
-            for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-                images[:, channel].sub_(255 * mean).div_(255 * std)
-            yield images, self.labels[index]
+            yield self._normalize(self.images[index]), self.labels[index]
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if images.dim() == 3:
+            images = images.unsqueeze(1)
+        if self.mirror:
+            is_mirrored = torch.rand(len(images), 1, 1, 1).to(self.device) < 0.5
+            images = torch.where(is_mirrored, images.flip(-1), images)
+        images = images.float()
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            images[:, channel].sub_(255 * mean).div_(255 * std)
+        return images
