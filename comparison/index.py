@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from comparison.changes import changes_between, comparable, describe_changes, run_with_fewest_changes
 from comparison.forest_plot import axis_limit, svg_axis, svg_row
 from comparison.overview import overview_of
-from comparison.pair import METRICS, PairComparison, describe_noise
+from comparison.pair import METRICS, PairComparison, describe_noise, metric_of, metrics_of
 from comparison.run_reader import (
     FinishedRun,
     read_identity,
@@ -141,7 +141,8 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
             explanation += f" Verdicts and intervals are corrected for {tests} comparisons (Holm)."
         if differences:
             explanation += f" {describe_noise(overview.noise, differences)}"
-    limits = {metric: axis_limit([pair.metrics[metric] for pair in compared.values()]) for metric in METRICS}
+    metrics = metrics_of(baseline or runs[0])
+    limits = {metric: axis_limit([pair.metrics[metric] for pair in compared.values()]) for metric in metrics}
     frequency: Counter[str] = Counter()
     changes = []
     for index, run in enumerate(runs):
@@ -166,8 +167,7 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
     return {
         "title": f"{identity.dataset}, {identity.folds} folds, RNG_SEED {identity.rng_seed}",
         "explanation": explanation,
-        "accuracy_axis": svg_axis(limits["accuracy"], "accuracy") if compared else "",
-        "loss_axis": svg_axis(limits["loss"], "loss") if compared else "",
+        "metrics": [(name, svg_axis(limits[name], name) if compared else "") for name in metrics],
         "rows": rows,
     }
 
@@ -187,29 +187,35 @@ def _row_of(run: FinishedRun, pair: PairComparison | None, limits: dict[str, flo
         row["note"] = f" ({', '.join(run.diverged)} diverged)"
     if run.seconds:
         row |= {"took": f"{'>' if run.resumed else ''}{format_duration(run.seconds)}", "seconds": f"{run.seconds:.0f}"}
-    for metric in METRICS:
-        if run.folds:
-            mean = float(np.mean([getattr(fold, metric) for fold in run.folds.values()]))
-            row |= {metric: format_metric(mean), f"{metric}_order": f"{mean:.9g}"}
-        if pair is not None:
-            row[f"{metric}_plot"] = svg_row(pair.metrics[metric], limits[metric])
+    row["metrics"] = [_metric_cells(run, metric, pair, limit) for metric, limit in limits.items()]
     if pair is not None:
-        words = [pair.metrics[metric].verdict for metric in METRICS]
-        row["verdicts"] = [("", words[0])] if len(set(words)) == 1 else list(zip(METRICS, words, strict=True))
+        words = [pair.metrics[metric].verdict for metric in limits]
+        row["verdicts"] = [("", words[0])] if len(set(words)) == 1 else list(zip(limits, words, strict=True))
         row["verdict_order"] = sum(map(VERDICTS.index, words))
     row["thumbnail"] = draw_thumbnail({fold.name: fold.history for fold in run.folds.values()})
     return row
 
 
+def _metric_cells(run: FinishedRun, metric: str, pair: PairComparison | None, limit: float) -> dict[str, str]:
+    """Return the mean of a metric over a run's folds and its difference to the baseline, as far as there are any."""
+    cells = {"name": metric, "mean": "", "order": "", "plot": ""}
+    if run.folds:
+        mean = float(np.mean([metric_of(fold, metric) for fold in run.folds.values()]))
+        cells |= {"mean": format_metric(mean), "order": f"{mean:.9g}"}
+    if pair is not None:
+        cells["plot"] = svg_row(pair.metrics[metric], limit)
+    return cells
+
+
 def _empty_row(path: Path) -> dict[str, Any]:
-    cells = "when order change state accuracy accuracy_order accuracy_plot loss loss_order loss_plot note".split()
-    cells += "verdict_order took seconds thumbnail".split()
+    cells = "when order change state note verdict_order took seconds thumbnail".split()
     row: dict[str, Any] = dict.fromkeys(cells, "")
     has_report = (path / "report.html").exists()
     return row | {
         "name": folder_name(path),
         "has_time": False,
         "url": relative_url(path.name, "report.html") if has_report else "",
+        "metrics": [{"name": metric, "mean": "", "order": "", "plot": ""} for metric in METRICS],
         "verdicts": [],
     }
 
@@ -225,7 +231,6 @@ def _group_of_unreadable(problems: dict[Path, str]) -> dict[str, Any]:
     return {
         "title": "Not readable",
         "explanation": explanation,
-        "accuracy_axis": "",
-        "loss_axis": "",
+        "metrics": [(name, "") for name in METRICS],
         "rows": rows,
     }

@@ -10,12 +10,15 @@ import numpy as np
 
 from comparison.changes import comparable, describe_changes, why_not_comparable
 from comparison.pair import (
+    MACRO_F1,
     METRICS,
     BaselineNoise,
     PairComparison,
     baseline_noise,
     compare_with_baseline,
     describe_noise,
+    metric_of,
+    metrics_of,
     signed,
 )
 from comparison.run_reader import FinishedRun, display_path, find_run, read_runs, shortest_names
@@ -26,6 +29,7 @@ from experiment.formatting import WIDTH, format_duration, wrap
 MAX_CHANGES_WIDTH = 105  # characters of the changes in a row of the text
 DEFAULT_LAST = 20  # runs that are shown if none is named
 HEADING = "        accuracy      change           p    loss      change           p    took"
+MACRO_F1_HEADING = f"        {MACRO_F1}      change           p"  # of a second line in each row
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,19 @@ class Overview:
         lines = [f"Baseline: {display_path(self.baseline.path)}"]
         lines += textwrap.wrap(details, WIDTH, initial_indent="  ", subsequent_indent="  ")
         lines += ["", HEADING]
+        has_macro_f1 = MACRO_F1 in metrics_of(self.baseline)
+        if has_macro_f1:
+            lines.append(MACRO_F1_HEADING)
         frequency: Counter[str] = Counter()
         for row in self.rows:
             if row.comparison is not None:
                 frequency.update({change.text for change in row.comparison.changes})
         best = next((row for row in self.rows if not row.run.diverged), None)
         for row in self.rows:
-            lines += [_numbers_line(row, is_best=row is best), _changes_lines(row, frequency)]
+            lines.append(_numbers_line(row, is_best=row is best))
+            if has_macro_f1:
+                lines.append(f"{'':8}{_metric_columns(row, MACRO_F1)}".rstrip())
+            lines.append(_changes_lines(row, frequency))
         lines += ["", wrap(self._explanation()), *map(wrap, self.notes)]
         return "\n".join(lines)
 
@@ -203,26 +213,26 @@ def overview_of(
 
 def _corrected_together(comparisons: Sequence[PairComparison]) -> list[PairComparison]:
     """Return comparisons whose metrics are corrected for all comparisons and metrics."""
-    differences = iter(correct_together([each.metrics[metric] for each in comparisons for metric in METRICS]))
-    return [replace(each, metrics={metric: next(differences) for metric in METRICS}) for each in comparisons]
-
-
-def _mean(run: FinishedRun, metric: str) -> float:
-    return float(np.mean([getattr(fold, metric) for fold in run.folds.values()]))
+    differences = iter(correct_together([metric for each in comparisons for metric in each.metrics.values()]))
+    return [replace(each, metrics={name: next(differences) for name in each.metrics}) for each in comparisons]
 
 
 def _numbers_line(row: Row, is_best: bool) -> str:
     """Return the first line of a row: day, metrics with their differences, and duration."""
     line = f"{'*' if is_best else ' '} {row.run.created:%d %b}"
     for metric in METRICS:
-        mean = _mean(row.run, metric)
-        line += f"{mean:>8.{_decimals(mean)}f}"
-        if row.comparison is None:
-            line += " " * 24
-        else:
-            line += _difference_columns(row.comparison.metrics[metric])
+        line += _metric_columns(row, metric)
     took = format_duration(row.run.seconds)
     return line + f"{'>' + took if row.run.resumed else took:>8}"
+
+
+def _metric_columns(row: Row, metric: str) -> str:
+    """Return the mean of a metric over a run's folds, and its difference to the baseline."""
+    mean = float(np.mean([metric_of(fold, metric) for fold in row.run.folds.values()]))
+    columns = f"{mean:>8.{_decimals(mean)}f}"
+    if row.comparison is None:
+        return columns + " " * 24
+    return columns + _difference_columns(row.comparison.metrics[metric])
 
 
 def _difference_columns(difference: MetricDifference) -> str:

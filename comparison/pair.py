@@ -46,7 +46,7 @@ class BaselineNoise:
     def metrics(self) -> dict[str, NoisePrior | None]:
         """The common noise in each metric; None where there are too few runs."""
         priors = {}
-        for metric in _metrics_of(self.baseline):
+        for metric in metrics_of(self.baseline):
             priors[metric] = estimate_prior([_metric_values(self.baseline, other, metric) for other in self.others])
         return priors
 
@@ -188,14 +188,14 @@ def compare_with_baseline(after: FinishedRun, noise: BaselineNoise) -> PairCompa
     if reason is not None:
         raise ConfigurationError(reason)
     differences = []
-    for metric in _metrics_of(before):
+    for metric in metrics_of(before):
         old, new = _metric_values(before, after, metric)
         differences.append(compare_metric(metric, old, new, after.identity.folds, noise.metrics[metric]))
     metrics = {difference.metric: difference for difference in correct_together(differences)}
     return PairComparison(before, after, changes_between(before, after), metrics, noise)
 
 
-def _metrics_of(run: FinishedRun) -> tuple[str, ...]:
+def metrics_of(run: FinishedRun) -> tuple[str, ...]:
     """Return the metrics by which a run is compared."""
     return (*METRICS, MACRO_F1) if has_unequal_classes(run.identity.class_sizes) else METRICS
 
@@ -203,8 +203,12 @@ def _metrics_of(run: FinishedRun) -> tuple[str, ...]:
 def _metric_values(before: FinishedRun, after: FinishedRun, metric: str) -> tuple[list[float], list[float]]:
     """Return a metric in the folds that both runs have."""
     folds = _common_folds(before, after)
-    name = "macro_f1" if metric == MACRO_F1 else metric
-    return [getattr(old, name) for old, _ in folds], [getattr(new, name) for _, new in folds]
+    return [metric_of(old, metric) for old, _ in folds], [metric_of(new, metric) for _, new in folds]
+
+
+def metric_of(fold: Fold, metric: str) -> float:
+    """Return one of the metrics of `metrics_of` in a fold."""
+    return float(getattr(fold, "macro_f1" if metric == MACRO_F1 else metric))
 
 
 def _f1_values(before: FinishedRun, after: FinishedRun) -> dict[str, tuple[list[float], list[float]]]:

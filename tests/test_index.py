@@ -59,6 +59,19 @@ def test_rows_are_grouped_by_their_images_the_newest_first(tmp_path: Path) -> No
     assert page.count('class="diamond filled"') == 2 and page.count('<svg class="axis"') == 2
 
 
+def test_macro_f1_of_unequal_classes_has_columns_and_a_verdict(tmp_path: Path) -> None:
+    unequal = {"class_sizes": {"Coat": 90, "Shirt": 30}}
+    make_run(tmp_path / "N-20261126-183000", losses=[0.0767, 0.0769, 0.0767, 0.0769, 0.0768], **unequal)
+    make_run(tmp_path / "N-20261126-183100", BETTER, losses=[0.0768] * 5, minutes=1, mirror=True, **unequal)
+    page = write(tmp_path)
+    assert "Macro F1 − baseline" in page and page.count('<svg class="axis"') == 3
+    assert rows_of(page) == [
+        "26 Nov 18:31 MIRROR False → True 0.9322 0.0768 0.8322 better (accuracy), not significant (loss), better "
+        "(macro F1) 42 s",
+        "26 Nov 18:30 no earlier result 0.9232 0.0768 0.8232 baseline 42 s",
+    ]
+
+
 def test_running_and_stopped_runs_are_rows_and_a_killed_runs_page_says_so(tmp_path: Path) -> None:
     make_run(tmp_path / "N-20261126-183000")
     running = make_unfinished(tmp_path / "N-20261126-183100", mirror=True)

@@ -84,6 +84,30 @@ def test_overview_of_hand_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_overview_of_unequal_classes_shows_macro_f1_and_corrects_for_it(tmp_path: Path) -> None:
+    unequal = {"class_sizes": {"Coat": 90, "Shirt": 30}}
+    make_run(tmp_path / "N-20261126-183000", **unequal)
+    make_run(tmp_path / "N-20261126-183100", BETTER, minutes=1, mirror=True, **unequal)
+    overview = overview_of_all(tmp_path)
+    comparison = overview.rows[0].comparison
+    assert comparison is not None
+    for difference in comparison.metrics.values():
+        assert difference.corrected_p == pytest.approx(3 * difference.p)  # all three p are equal
+    lines = overview.text.splitlines()
+    first = lines.index("") + 1
+    assert lines[first : first + 8] == [
+        "        accuracy      change           p    loss      change           p    took",
+        "        macro F1      change           p",
+        "* 26 Nov  0.9322 +0.0090 ± 0.0042 0.0032  0.0678 −0.0090 ± 0.0037 0.0032    42 s",
+        "          0.8322 +0.0090 ± 0.0029 0.0032",
+        "  18:31 MIRROR False → True: accuracy better, loss better, macro F1 better",
+        "  26 Nov  0.9232                          0.0768                            42 s",
+        "          0.8232",
+        "  18:30 baseline",
+    ]
+    assert "p and ± are corrected for 3 comparisons (Holm)." in " ".join(lines)
+
+
 def test_overview_without_a_choice_shows_what_the_runs_have_in_common(before: Path) -> None:
     after = make_run(before.parent / "after", BETTER, mirror=True)
     lines = overview_of(read_run(before), [read_run(after)], before.parent).text.splitlines()
