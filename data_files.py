@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -363,7 +363,7 @@ def _load_resized(name: str, data_dir: Path, image_shape: ImageShape) -> Dataset
     images = itertools.chain(native.train_images.numpy(), native.test_images.numpy())
     jobs = [partial(_resize, each, image_shape) for each in images]
     labels = torch.cat([native.train_labels, native.test_labels]).tolist()
-    contents = _Contents(len(native.train_labels), labels, native.class_names, ())
+    contents = _Contents(len(native.train_labels), labels, native.class_names, (), native.digest())
     return _write_decoded(path, path.stem, jobs, contents, image_shape, f"resizing {name}")
 
 
@@ -405,6 +405,7 @@ class _Contents:
     labels: list[int]
     class_names: list[str]
     notes: tuple[str, ...]
+    source: str
 
 
 def _read_decoded(path: Path) -> Dataset | None:
@@ -425,7 +426,7 @@ def _read_decoded(path: Path) -> Dataset | None:
         return None
     train = contents.train
     names, notes = contents.class_names, tuple(contents.notes)
-    return Dataset(images[:train], labels[:train], images[train:], labels[train:], names, notes)
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], names, notes, source=contents.source)
 
 
 def _last_bytes(file: BinaryIO, number: int) -> bytes:
@@ -440,7 +441,7 @@ def _write_decoded(
     contents: _Contents,
     image_shape: ImageShape,
     title: str,
-    check: Callable[[list[bytes]], tuple[str, ...]] | None = None,
+    complete: Callable[[_Contents, list[bytes]], _Contents] | None = None,
 ) -> Dataset:
     """Decode all images into one file, and return the data set that it contains.
 
@@ -458,8 +459,8 @@ def _write_decoded(
     image_shape : tuple of int
     title : str
         What the progress bar shows.
-    check : callable, optional
-        Takes a digest of each image, and returns notes.
+    complete : callable, optional
+        Takes `contents` and a digest of each image, and returns what is stored.
 
     Raises
     ------
@@ -481,8 +482,8 @@ def _write_decoded(
                     header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
                     digests = _decode_into(file, jobs, title)
-                    record = vars(contents) | {"notes": check(digests) if check else ()}
-                    encoded = json.dumps(record).encode()
+                    record = complete(contents, digests) if complete else contents
+                    encoded = json.dumps(vars(record)).encode()
                     file.write(encoded + struct.pack("<Q", len(encoded)))
                     file.flush()
                     os.fsync(file.fileno())
@@ -819,21 +820,40 @@ def _load_pictures(pictures: Pictures, data_dir: Path, image_shape: ImageShape) 
     dataset = _read_decoded(path)
     if dataset is None:
         everything = [*pictures.train, *pictures.test]
-        jobs = [partial(_decode_or_explain, file, image_shape) for file, _ in everything]
+        file_digests: dict[Path, bytes] = {}
+        jobs = [partial(_decode_or_explain, file, image_shape, file_digests) for file, _ in everything]
         labels = [label for _, label in everything]
-        contents = _Contents(len(pictures.train), labels, pictures.class_names, ())
-        check = partial(_describe_duplicates, pictures)
+        contents = _Contents(len(pictures.train), labels, pictures.class_names, (), "")
         title = f"decoding {pictures.folder.name}"
-        dataset = _write_decoded(path, stem, jobs, contents, image_shape, title, check)
+        complete = partial(_complete_contents, pictures, file_digests)
+        dataset = _write_decoded(path, stem, jobs, contents, image_shape, title, complete)
     files = tuple(_shown(file, pictures.folder) for file, _ in [*pictures.train, *pictures.test])
     return dataset._replace(notes=(*pictures.notes, *dataset.notes), files=files)
 
 
-def _decode_or_explain(path: Path, image_shape: ImageShape) -> np.ndarray | DatasetError:
+def _decode_or_explain(
+    path: Path, image_shape: ImageShape, file_digests: dict[Path, bytes]
+) -> np.ndarray | DatasetError:
+    """Return a picture as an image, or why there is none; note the digest of its file."""
     try:
-        return decode_picture(path, image_shape)
+        image = decode_picture(path, image_shape)
+        with open(path, "rb") as file:
+            file_digests[path] = hashlib.file_digest(file, "sha256").digest()
     except DatasetError as error:
         return error
+    except OSError as error:
+        return _unreadable(path, error)
+    return image
+
+
+def _complete_contents(
+    pictures: Pictures, file_digests: dict[Path, bytes], contents: _Contents, image_digests: list[bytes]
+) -> _Contents:
+    """Add the notes on duplicates, and the digest of all files in their order."""
+    sha = hashlib.sha256(f"{contents.train} {contents.labels}".encode())
+    for path, _ in [*pictures.train, *pictures.test]:
+        sha.update(file_digests[path])
+    return replace(contents, notes=_describe_duplicates(pictures, image_digests), source=sha.hexdigest())
 
 
 def _describe_duplicates(pictures: Pictures, digests: list[bytes]) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ def why_not_comparable(before: FinishedRun, after: FinishedRun) -> str | None:
 
     Their folds must consist of the same images, and at least two folds must have a result in both.
     """
-    if before.identity.images != after.identity.images:
+    if not same_images(before, after):
         reason = _why_other_images(before.identity, after.identity)
     elif len(before.folds.keys() & after.folds.keys()) < 2:
         reason = "fewer than two folds have a result in both"
@@ -163,16 +163,22 @@ def why_not_comparable(before: FinishedRun, after: FinishedRun) -> str | None:
     return f"{display_path(after.path)} cannot be compared with {display_path(before.path)}: {reason}."
 
 
+def same_images(before: FinishedRun, after: FinishedRun) -> bool:
+    """Return whether the folds of two runs consist of the same images, be they brought to the same shape or not."""
+    one, other = before.identity, after.identity
+    return one.images == other.images or (one.source != "" and one.source == other.source)
+
+
 def _why_other_images(before: Identity, after: Identity) -> str:
-    for name in FOLD_SETTINGS:
-        old, new = getattr(before, name), getattr(after, name)
-        if old != new:
-            return f"{name.upper()} is {new}, not {old}, so their folds consist of different images"
-    return f"their folds consist of different images: the data set on disk was another one{_size_change(before, after)}"
+    differing = _fold_settings_that_differ(before, after)
+    if differing:
+        old, new = getattr(before, differing[0]), getattr(after, differing[0])
+        return f"{differing[0].upper()} is {new}, not {old}, so their folds consist of different images"
+    return f"their folds consist of different images: the data set on disk was another one{size_change(before, after)}"
 
 
-def _size_change(before: Identity, after: Identity) -> str:
-    """Return which numbers of training images differ, in parentheses."""
+def size_change(before: Identity, after: Identity) -> str:
+    """Return which numbers of training images differ, in parentheses; "" if none does, or if they are not known."""
     old, new = before.class_sizes, after.class_sizes
     differing = [name for name in old | new if old.get(name, 0) != new.get(name, 0)]
     if not old or not new or not differing:
@@ -212,16 +218,24 @@ def why_nothing_comparable(run: FinishedRun, runs: Sequence[FinishedRun]) -> str
     others = [other for other in runs if other.path != run.path]
     if not others:
         return "First finished run: there is nothing to compare it with yet."
-    if any(other.identity.images == run.identity.images for other in others):
+    if any(same_images(other, run) for other in others):
         return "Not compared with other runs: none has a result in two of the same folds."
-    differing = [_fold_settings_that_differ(other, run) for other in others]
-    fewest = min(differing, key=len)
+    newest_first = sorted(others, key=lambda other: other.finished, reverse=True)
+    nearest = min(newest_first, key=lambda other: len(_fold_settings_that_differ(other.identity, run.identity)))
+    fewest = _fold_settings_that_differ(nearest.identity, run.identity)
     if not fewest:
-        return "First run with these images: those of the other runs on this data set were other ones."
+        sizes = size_change(nearest.identity, run.identity)
+        return f"First run with these images: those of the other runs on this data set were other ones{sizes}."
     settings = ", ".join(f"{name.upper()} {getattr(run.identity, name)}" for name in fewest)
     return f"First run with these folds ({settings})."
 
 
-def _fold_settings_that_differ(before: FinishedRun, after: FinishedRun) -> list[str]:
-    """Return which of the settings that determine the folds differ between two runs."""
-    return [name for name in FOLD_SETTINGS if getattr(before.identity, name) != getattr(after.identity, name)]
+def _fold_settings_that_differ(before: Identity, after: Identity) -> list[str]:
+    """Return which of the settings that determine the folds differ between two runs.
+
+    The shape that images are brought to is one only if a run did not record what they were before.
+    """
+    names = [name for name in FOLD_SETTINGS if getattr(before, name) != getattr(after, name)]
+    if before.source and after.source and "image_shape" in names:
+        names.remove("image_shape")
+    return names

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from comparison.changes import changes_between, comparable, describe_changes, run_with_fewest_changes
+from comparison.changes import (
+    changes_between,
+    comparable,
+    describe_changes,
+    run_with_fewest_changes,
+    same_images,
+)
 from comparison.forest_plot import axis_limit, svg_axis, svg_row
 from comparison.overview import overview_of
 from comparison.pair import METRICS, PairComparison, describe_noise, metric_of, metrics_of
@@ -63,10 +69,14 @@ def _lock(runs_dir: Path) -> Iterator[None]:
 
 def _content(runs_dir: Path) -> dict[str, Any]:
     runs, states, problems = _read_all(runs_dir)
-    groups: dict[str, list[FinishedRun]] = {}
+    groups: list[list[FinishedRun]] = []
     for run in runs:
-        groups.setdefault(run.identity.images, []).append(run)
-    shown = [_group(group, states, runs_dir) for group in groups.values()]
+        group = next((each for each in groups if any(same_images(other, run) for other in each)), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    shown = [_group(group, states, runs_dir) for group in groups]
     if problems:
         shown.append(_group_of_unreadable(problems))
     count, now = len(runs) + len(problems), datetime.now().astimezone()

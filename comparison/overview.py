@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comparison.changes import comparable, describe_changes, why_not_comparable
+from comparison.changes import comparable, describe_changes, size_change, why_not_comparable
 from comparison.pair import (
     MACRO_F1,
     METRICS,
@@ -148,7 +148,9 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
     group = [run for run in usable if comparable(reference, run)]
     others = Counter(run.identity.dataset for run in usable if run not in group)
     if others:
-        named = ", ".join(f"{count} on {dataset}" for dataset, count in others.items())
+        named = ", ".join(
+            f"{count} on {dataset}{_other_pictures(reference, usable, dataset)}" for dataset, count in others.items()
+        )
         notes.append(f"Not shown: runs whose folds consist of different images ({named}). Name runs to compare them.")
     shown = group[:last]
     baseline = shown[-1] if baseline_name is None else reference
@@ -164,6 +166,14 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
         newest = f"the {last} newest" if older else f"{len(group)}"
         choice = f"the oldest of {newest} comparable runs in {where}"
     return overview_of(baseline, compared, runs_dir, group, choice, notes)
+
+
+def _other_pictures(reference: FinishedRun, runs: Sequence[FinishedRun], dataset: str) -> str:
+    """Return how many training images the newest run that is not comparable lacks or has more, if on the same data."""
+    if dataset != reference.identity.dataset:
+        return ""
+    newest = next(run for run in runs if run.identity.dataset == dataset and not comparable(reference, run))
+    return size_change(newest.identity, reference.identity)
 
 
 def _count_runs(number: int) -> str:

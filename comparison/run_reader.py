@@ -54,6 +54,7 @@ class Identity(_Record):
     threads: int
     torch: str
     images: str
+    source: str = ""
     code: dict[str, str]
     network: NetworkRecord
 

@@ -312,15 +312,19 @@ def make_identity(
         "precision": resources.precision,
         "threads": resources.threads,
         "torch": str(torch.__version__),
-        "images": _digest_of_folds(fits),
+        "images": _digest_of_folds(fits, fits[0].data_digest),
+        "source": _digest_of_folds(fits, dataset.source or fits[0].data_digest),
         "code": code_digests(),
         "network": model.to_dict(),
     }
 
 
-def _digest_of_folds(fits: list[Fit]) -> str:
-    """Return a digest of the images that each fold holds out: if it is equal, two runs can be compared."""
-    sha = hashlib.sha256(fits[0].data_digest.encode())
+def _digest_of_folds(fits: list[Fit], data_digest: str) -> str:
+    """Return a digest of the images that each fold holds out, given one of all images.
+
+    Two runs can be compared if their images are equal, or what these were before they were brought to a shape.
+    """
+    sha = hashlib.sha256(data_digest.encode())
     for fit in fits:
         sha.update(fit.name.encode() + (fit.held_out_mask or b""))
     return sha.hexdigest()

@@ -146,6 +146,20 @@ def test_runs_with_different_images_are_not_comparable(
     assert why_not_comparable(read_run(before), run) == message and not comparable(read_run(before), run)
 
 
+def test_runs_on_the_same_images_in_another_shape_are_comparable(tmp_path: Path) -> None:
+    other_shape: dict[str, Any] = {"images": "77", "image_shape": [3, 64, 64], "source": "s"}
+    assert nearest_of(tmp_path / "known", {"source": "s"}, other_shape) == "0"
+    assert nearest_of(tmp_path / "old", {}, {"images": "77", "image_shape": [3, 64, 64]}) is None
+
+
+def test_of_other_images_in_another_shape_the_images_are_the_reason(tmp_path: Path) -> None:
+    before = make_run(tmp_path / "before", source="s", class_sizes={"cat": 20})
+    other: dict[str, Any] = {"images": "77", "image_shape": [3, 64, 64], "source": "t", "class_sizes": {"cat": 32}}
+    after = make_run(tmp_path / "after", **other)
+    reason = "the data set on disk was another one (+12 training images: cat 20 → 32)."
+    assert str(why_not_comparable(read_run(before), read_run(after))).endswith(reason)
+
+
 @pytest.mark.parametrize(("diverged", "expected"), [(3, True), (4, False)])
 def test_comparable_runs_have_two_folds_in_common(diverged: int, expected: bool, before: Path, tmp_path: Path) -> None:
     after = read_run(make_run(tmp_path / "after", [*[0.9] * (5 - diverged), *[np.nan] * diverged]))
@@ -214,6 +228,11 @@ def test_run_is_not_its_own_nearest(before: Path) -> None:
         ([{"dataset": "KMNIST", "rng_seed": 1}, {"folds": 10}], "First run with these folds (FOLDS 5)."),
         ([{}], "First run with these images: those of the other runs on this data set were other ones."),
         (
+            [{"class_sizes": {"cat": 20}}],
+            "First run with these images: those of the other runs on this data set were other ones (+12 training "
+            "images: cat 20 → 32).",
+        ),
+        (
             [{"images": "3fa4", "accuracies": [np.nan, np.nan, np.nan, np.nan, 0.9]}],
             "Not compared with other runs: none has a result in two of the same folds.",
         ),
@@ -223,7 +242,7 @@ def test_run_that_cannot_be_compared_has_a_reason(others: list[dict[str, Any]], 
     runs = []
     for number, identity in enumerate(others):
         runs.append(read_run(make_run(tmp_path / f"{number}", **{"images": "77"} | identity)))
-    run = read_run(make_run(tmp_path / "now"))
+    run = read_run(make_run(tmp_path / "now", class_sizes={"cat": 32}))
     assert nearest_run(run, [*runs, run]) is None and why_nothing_comparable(run, [*runs, run]) == reason
 
 

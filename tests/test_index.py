@@ -59,8 +59,16 @@ def test_rows_are_grouped_by_their_images_the_newest_first(tmp_path: Path) -> No
     assert page.count('class="diamond filled"') == 2 and page.count('<svg class="axis"') == 2
 
 
+def test_runs_on_the_same_images_in_another_shape_are_one_group(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000", source="s")
+    make_run(tmp_path / "N-20261126-183100", BETTER, minutes=1, images="77", source="s", image_shape=[3, 64, 64])
+    page = write(tmp_path)
+    assert page.count("<h2>") == 1
+    assert rows_of(page)[0].startswith("26 Nov 18:31 IMAGE_SHAPE (1, 28, 28) → (3, 64, 64) 0.9322 0.0678 better")
+
+
 def test_macro_f1_of_unequal_classes_has_columns_and_a_verdict(tmp_path: Path) -> None:
-    unequal = {"class_sizes": {"Coat": 90, "Shirt": 30}}
+    unequal: dict[str, Any] = {"class_sizes": {"Coat": 90, "Shirt": 30}}
     make_run(tmp_path / "N-20261126-183000", losses=[0.0767, 0.0769, 0.0767, 0.0769, 0.0768], **unequal)
     make_run(tmp_path / "N-20261126-183100", BETTER, losses=[0.0768] * 5, minutes=1, mirror=True, **unequal)
     page = write(tmp_path)

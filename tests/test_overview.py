@@ -1,6 +1,7 @@
 """Several runs compared with a baseline: the text."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_overview_of_hand_made_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_overview_of_unequal_classes_shows_macro_f1_and_corrects_for_it(tmp_path: Path) -> None:
-    unequal = {"class_sizes": {"Coat": 90, "Shirt": 30}}
+    unequal: dict[str, Any] = {"class_sizes": {"Coat": 90, "Shirt": 30}}
     make_run(tmp_path / "N-20261126-183000", **unequal)
     make_run(tmp_path / "N-20261126-183100", BETTER, minutes=1, mirror=True, **unequal)
     overview = overview_of_all(tmp_path)
@@ -290,3 +291,14 @@ def test_folder_without_comparable_runs_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigurationError) as error:
         overview_of_all(Path("runs"))
     assert str(error.value).splitlines() == ["There is nothing in runs to compare runs/only with.", note]
+
+
+def test_runs_on_other_pictures_of_the_same_folder_are_named_with_what_differs(before: Path) -> None:
+    sizes = {"cat": 20, "dog": 20}
+    for number, minutes in enumerate((1, 2)):
+        make_run(before.parent / f"{number}", minutes=minutes, images="77", class_sizes=sizes)
+    for path in (before, before.parent / "again"):
+        shutil.rmtree(path, ignore_errors=True)
+        make_run(path, minutes=5, class_sizes=sizes | {"cat": 32})
+    text = " ".join(overview_of_all(before.parent).text.split())
+    assert "different images (2 on FashionMNIST (+12 training images: cat 20 → 32))" in text

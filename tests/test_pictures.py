@@ -328,6 +328,13 @@ def test_pictures_are_decoded_once(tiles: Path, monkeypatch: pytest.MonkeyPatch)
     assert load(tiles).digest() == digest
 
 
+def test_the_source_of_pictures_is_that_of_their_files_whatever_shape_they_are_brought_to(tiles: Path) -> None:
+    source = load(tiles).source
+    assert len(source) == 64 and load(tiles, COLOUR).source == load(tiles).source == source
+    (tiles / "cat" / "0.jpg").write_bytes((tiles / "cat" / "1.jpg").read_bytes())
+    assert load(tiles).source != source
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "changed", "renamed"])
 def test_pictures_are_decoded_again_after_a_change(change: str, tiles: Path) -> None:
     before = load(tiles)
@@ -370,6 +377,7 @@ def test_a_worker_without_the_folder_or_with_another_one_is_one_line(tiles: Path
 def test_a_data_set_by_name_is_brought_to_another_shape(tmp_path: Path) -> None:
     shutil.copytree(DATA_DIR / "Digits", tmp_path / "Digits")
     native, large = load_dataset("Digits", tmp_path), load_dataset("Digits", tmp_path, (3, 32, 40))
+    assert large.source == native.digest() != large.digest()
     assert large.train_images.shape == (1437, 3, 32, 40) and torch.equal(large.test_labels, native.test_labels)
     small = torch.nn.functional.adaptive_avg_pool2d(large.test_images[:, :, :, 4:36].float(), 4)
     expected = torch.nn.functional.adaptive_avg_pool2d(native.test_images.unsqueeze(1).float(), 4)
@@ -447,10 +455,14 @@ def test_a_run_on_pictures_in_colour(
     assert result.final is not None and accuracy == pytest.approx(result.final.accuracy, abs=0.1)
     assert trained.light_backgrounds == light_background_share(dataset.train_images)
 
+    configure(main_cnn, **constants | {"IMAGE_SHAPE": (3, 24, 24)}).main()
+    assert "IMAGE_SHAPE (3, 32, 32) → (3, 24, 24)" in capsys.readouterr().out
+
     write_tiles(folder, cat=16)
     other = configure(main_cnn, **constants, EPOCHS=1).main()
     assert other.run_dir != result.run_dir
-    assert "First run with these images" in capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
+    assert "First run with these images" in output and "(+1 training images: cat 12 → 13)" in output
 
 
 @pytest.mark.slow

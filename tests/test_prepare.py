@@ -166,7 +166,7 @@ def identity_on(dataset: Dataset, **constants: Any) -> dict[str, Any]:
 
 def test_the_identity_is_everything_that_the_results_depend_on() -> None:
     identity = identity_on(make_dataset([0, 1, 2] * 4), WORKERS=1, RUNS_DIR="elsewhere")
-    assert len(identity.pop("images")) == 64
+    assert len(images := identity.pop("images")) == 64 and identity.pop("source") == images
     network: dict[str, Any] = {"name": "Network", "printed": "Network()", "parameters": 12}
     network |= {"fingerprint": {"logits": [0.5], "gradients": [1.0]}}
     expected: dict[str, Any] = {
