@@ -524,6 +524,26 @@ def test_a_pretrained_network_with_a_frozen_backbone_is_trained_and_resumed(
     assert not torch.equal(models[0]["backbone.fc.weight"], models[1]["backbone.fc.weight"])
 
 
+@pytest.mark.slow
+def test_a_frozen_backbone_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "pets", cat=30, dog=30)
+    (tmp_path / "frozen.py").write_text(FROZEN.format(folder=str(tmp_path)))
+    process = start_python(tmp_path, "frozen.py", "--epochs=6")
+    wait_for(lambda: checkpoints(tmp_path), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    (killed,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert 0 < saved_epochs(tmp_path / "runs") < 18
+
+    output, _ = finish(start_python(tmp_path, "frozen.py", "--epochs=6"))
+    assert "Resuming" in output
+    finish(start_python(tmp_path, "frozen.py", "--epochs=6", "--workers=1"))
+    (other,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir() and path != killed]
+    assert computed(killed) == computed(other)
+    models = [torch.load(path / "model.pt") for path in (killed, other)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
 FROZEN = """
 import os, torch, main_cnn
 from torch import nn
