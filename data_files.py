@@ -387,8 +387,8 @@ def _load_cifar10(data_dir: Path) -> Dataset:
             parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DatasetError(
-            f"CIFAR10 is not in {data_dir} and could not be downloaded ({_download_problem(error)}). Copy "
-            'cifar-10-python.tar.gz there, or set DATASET = "Digits", which needs no download.'
+            f"CIFAR10 is missing or damaged in {data_dir} and could not be downloaded ({_download_problem(error)}). "
+            'Copy cifar-10-python.tar.gz there, or set DATASET = "Digits", which needs no download.'
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -665,12 +665,21 @@ def _visible_folders(folder: Path) -> list[Path]:
     """Return the subfolders, without those that the system or a notebook creates."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name)]
+            names = [entry.name for entry in entries if not _is_hidden(entry.name) and _is_folder(entry)]
     except NotADirectoryError:
         raise DatasetError(f"{folder} is not a folder.") from None
+    except DatasetError:
+        raise
     except OSError as error:
         raise _unreadable(folder, error) from None
     return [folder / name for name in sorted(names)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a symbolic link to itself
+        raise _unreadable(Path(entry.path), error) from None
 
 
 def _is_hidden(name: str) -> bool:
@@ -713,7 +722,9 @@ def _is_picture(path: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return [folder / name for name in sorted(entry.name for entry in entries if not entry.is_dir())]
+            return [folder / name for name in sorted(entry.name for entry in entries if not _is_folder(entry))]
+    except DatasetError:
+        raise
     except OSError as error:
         raise _unreadable(folder, error) from None
 

@@ -1,6 +1,8 @@
 """Folders of pictures: which pictures are found, how they are decoded, what is refused, and runs on them."""
 
+import hashlib
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from conftest import (
 )
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.datasets import CIFAR10
 
 import data_files
 import main_cnn
@@ -268,6 +271,11 @@ def test_a_link_to_nowhere_is_named(tiles: Path) -> None:
     assert "cat/lost.jpg cannot be read (No such file or directory)" in refusal(tiles)
 
 
+def test_a_link_to_itself_is_named(tiles: Path) -> None:
+    (tiles / "circle").symlink_to(tiles / "circle")
+    assert refusal(tiles) == f"{tiles}/circle cannot be read (Too many levels of symbolic links)."
+
+
 def test_an_empty_class_is_refused(tiles: Path) -> None:
     (tiles / "owl").mkdir()
     assert "the folder owl contains no picture" in refusal(tiles)
@@ -384,21 +392,47 @@ def test_a_data_set_by_name_is_brought_to_another_shape(tmp_path: Path) -> None:
     assert (small - expected).abs().mean() < 5
 
 
-def test_cifar10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fake:
-        def __init__(self, root: Path, train: bool, download: bool = False) -> None:
-            self.data = np.random.default_rng(int(train)).integers(0, 256, (50 if train else 20, 32, 32, 3), np.uint8)
-            self.targets = [number % 10 for number in range(len(self.data))]
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write the files that torchvision downloads, with a few images, and return their folder."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    dataset = load_dataset("CIFAR10", tmp_path, (3, 32, 32))
-    expected = torch.from_numpy(Fake(tmp_path, train=False).data).permute(0, 3, 1, 2)
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    parts = []
+    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
+        data = generator.integers(0, 256, (20, 3072), np.uint8)
+        parts.append(write(name, {"batch_label": name, "labels": [*range(10)] * 2, "data": data, "filenames": []}))
+    _, md5 = write("batches.meta", {"label_names": data_files.CLASS_NAMES["CIFAR10"].split(", ")})
+    monkeypatch.setattr(CIFAR10, "train_list", parts[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", parts[5:])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
+    return folder
+
+
+def test_cifar10_is_read_from_torchvisions_files(cifar10: Path) -> None:
+    dataset = load_dataset("CIFAR10", cifar10.parent, (3, 32, 32))
+    with open(cifar10 / "test_batch", "rb") as file:
+        expected = torch.from_numpy(pickle.load(file)["data"]).view(20, 3, 32, 32)
     assert torch.equal(dataset.test_images, expected) and dataset.class_names[:2] == ["airplane", "automobile"]
-    assert load_dataset("CIFAR10", tmp_path).train_images.shape == (50, 28, 28)
+    assert dataset.test_labels.tolist() == [*range(10)] * 2
+    assert load_dataset("CIFAR10", cifar10.parent).train_images.shape == (100, 28, 28)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_a_damaged_file_of_cifar10_without_a_connection_is_one_line(name: str, cifar10: Path) -> None:
+    content = (cifar10 / name).read_bytes()
+    (cifar10 / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DatasetError, match=r"^CIFAR10 is missing or damaged in .* and could not be downloaded.*$"):
+        load_dataset("CIFAR10", cifar10.parent)
 
 
 def test_missing_cifar10_without_a_connection_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"CIFAR10 is not in .* and could not be downloaded"):
+    with pytest.raises(DatasetError, match=r"CIFAR10 is missing or damaged in .* and could not be downloaded"):
         load_dataset("CIFAR10", tmp_path)
 
 

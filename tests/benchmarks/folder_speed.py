@@ -7,8 +7,9 @@ picture once; (c) is (b) once more, with the pictures decoded. All train the sam
 3 folds and a final fit of 3 epochs, each epoch evaluated. Everything counts but the imports. Prints medians
 with minimum and maximum, and the paired ratios.
 
-With ``--memory N``: the memory of the whole process tree (the largest sum of proportional set sizes) of a run on N
-pictures brought to (3, 96, 96), and of the same run on 100 pictures, against the size of the images.
+With ``--memory N``: the memory of the whole process tree of a run on N pictures brought to (3, 96, 96), and of the same
+run on 100 pictures, against the size of the images. It is the largest sum of proportional set sizes (PSS), which count a
+page that several processes map once; resident set sizes would count the images once per process.
 """
 
 import argparse
