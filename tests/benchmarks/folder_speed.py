@@ -8,8 +8,8 @@ picture once; (c) is (b) once more, with the pictures decoded. All train the sam
 with minimum and maximum, and the paired ratios.
 
 With ``--memory N``: the memory of the whole process tree of a run on N pictures brought to (3, 96, 96), and of the same
-run on 100 pictures, against the size of the images. It is the largest sum of proportional set sizes (PSS), which count a
-page that several processes map once; resident set sizes would count the images once per process.
+run on 100 pictures, against the size of the images. It is the largest sum of proportional set sizes (PSS), which count
+a page that several processes map once; resident set sizes would count the images once per process.
 """
 
 import argparse
