@@ -69,10 +69,11 @@ class TrainedNetwork:
         import torch
 
         from data_utils import Batches
-        from train_utils import EVALUATION_BATCH_SIZE, test_loop
+        from train_utils import evaluation_batch_size, test_loop
 
         no_labels = torch.zeros(len(images), dtype=torch.int64)
-        batches = Batches(images, no_labels, None, EVALUATION_BATCH_SIZE, self.mean, self.std, torch.device("cpu"))
+        batch_size = evaluation_batch_size(self.image_shape)
+        batches = Batches(images, no_labels, None, batch_size, self.mean, self.std, torch.device("cpu"))
         _, _, probabilities = test_loop(batches, self.network, torch.nn.CrossEntropyLoss(), mirror=self.mirror)
         return probabilities[:, : len(self.class_names)]  # a network may have more outputs than there are classes
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import math
 import pickle
 import random
 import sys
@@ -29,6 +30,7 @@ from data_files import DEFAULT_SHAPE, cached_dataset, resolve_path
 from data_utils import Batches, pixel_statistics, split
 
 EVALUATION_BATCH_SIZE = 256  # larger batches do not fit into the processor's cache and are slower
+EVALUATION_BATCH_VALUES = 2**20  # pixels and channels of a batch of large images, of which at least 32 are in a batch
 CHANNELS_LAST = torch.channels_last  # the memory layout in which convolutions are faster
 State = dict[str, Any]  # state dicts of "model", "optimizer" and "scheduler"
 Metrics = dict[str, Any]  # of one epoch, by the names under which they are logged
@@ -256,7 +258,8 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
 
         is_fold, is_last = fit.held_out_mask is not None, epoch == fit.epochs
         if is_fold or is_last:
-            evaluation_batches = Batches(*evaluation_part, EVALUATION_BATCH_SIZE, mean, std, device)
+            batch_size = evaluation_batch_size(fit.image_shape)
+            evaluation_batches = Batches(*evaluation_part, batch_size, mean, std, device)
             # Always the plain cross-entropy, so that runs with different training losses can be compared.
             evaluation = test_loop(evaluation_batches, model, nn.CrossEntropyLoss(), precision, fit.mirror)
             if is_fold:
@@ -265,6 +268,11 @@ def run_epoch(fit: Fit, epoch: int, state: State | None) -> tuple[State, Metrics
             if is_last:
                 metrics["evaluation"] = evaluation
         return get_state(model, optimizer, scheduler), metrics
+
+
+def evaluation_batch_size(image_shape: tuple[int, int, int]) -> int:
+    """Return how many images of a shape are evaluated at a time: fewer of large ones, which take much memory."""
+    return min(EVALUATION_BATCH_SIZE, max(32, EVALUATION_BATCH_VALUES // math.prod(image_shape)))
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

@@ -34,6 +34,7 @@ from train_utils import (
     State,
     call_safely,
     epoch_seed,
+    evaluation_batch_size,
     isolated_rng,
     run_epoch,
     seed_generators,
@@ -411,3 +412,10 @@ def test_sys_exit_in_a_network_is_an_error_with_its_line() -> None:
 
 def test_cloudpickled_factory_unpickles_and_calls() -> None:
     assert CloudpickledFactory(pickle.dumps(NeuralNetwork))().state_dict().keys() == NeuralNetwork().state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 28, 28), 256), ((3, 32, 32), 256), ((3, 96, 96), 37), ((3, 224, 224), 32)]
+)
+def test_fewer_large_images_are_evaluated_at_a_time(shape: tuple[int, int, int], size: int) -> None:
+    assert evaluation_batch_size(shape) == size
