@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -698,9 +699,10 @@ def _scan(folder: Path) -> _Found:
                     status = path.stat()
                 except OSError as error:  # a symbolic link to nowhere
                     raise _unreadable(path, error) from None
-                pictures.append((path.relative_to(class_folder).as_posix(), path, status))
-            else:
-                found.ignored.append(path)
+                if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    pictures.append((path.relative_to(class_folder).as_posix(), path, status))
+                    continue
+            found.ignored.append(path)
     return found
 
 
@@ -791,7 +793,7 @@ def _check_sizes(class_names: list[str], train: list[_Picture], test: list[_Pict
 
 def _in_order(found: _Found, numbers: dict[str, int]) -> list[_Picture]:
     pictures = [
-        (name, path, numbers[each], stat) for each, files in found.classes.items() for name, path, stat in files
+        (name, path, numbers[each], status) for each, files in found.classes.items() for name, path, status in files
     ]
     return sorted(pictures, key=lambda picture: (_natural_key(picture[0]), picture[2]))
 
@@ -945,6 +947,8 @@ def _to_shape(picture: Image.Image, image_shape: ImageShape) -> np.ndarray:
     from PIL import Image
 
     channels, height, width = image_shape
+    if picture.mode == "LAB":  # which Pillow converts to RGB only
+        picture = picture.convert("RGB")
     picture = _without_transparency(_to_8_bits(picture)).convert("L" if channels == 1 else "RGB")
     scale = min(width / picture.width, height / picture.height)
     size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))

