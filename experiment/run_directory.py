@@ -185,7 +185,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *_exception: object) -> None:
-        """Unlock the folder; after an error, print what is saved, or empty it if no epoch was finished."""
+        """Unlock the folder; after an error, print what is saved, or delete it if no epoch was finished."""
         was_deleted = not self.path.is_dir()
         if exception_type is not None and not was_deleted:
             where = relative_to_cwd(self.path)
@@ -194,21 +194,10 @@ class RunDirectory:
             elif self._checkpoints():
                 advice = "the same command, with RESUME = True, resumes the run."
                 warn(f"Every finished epoch is saved in {where}: {advice}")
-            else:  # emptied before it is unlocked, so that no other process resumes it
-                self._delete_all_but_the_report()
+            else:  # deleted before it is unlocked, so that no other process resumes it
+                shutil.rmtree(self.path, ignore_errors=True)
                 warn("No epoch was finished, so nothing is saved: the same command starts from the beginning.")
         self._lock.release()
-
-    def _delete_all_but_the_report(self) -> None:
-        """Leave the page, which may be open in a browser and shows why the run ended; without it, delete the folder."""
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != "report.html":
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        with contextlib.suppress(OSError):  # it is not empty
-            self.path.rmdir()
 
 
 def serialize(content: dict[str, Any]) -> bytes:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from comparison.run_reader import run_folders
 from experiment import run_directory
 from experiment.errors import RunError
 from experiment.files import relative_to_cwd
@@ -225,15 +224,6 @@ def test_a_run_without_a_finished_epoch_is_deleted(tmp_path: Path, capsys: pytes
     folder.__exit__(KeyboardInterrupt, None, None)
     assert capsys.readouterr().err.startswith("No epoch was finished, so nothing is saved")
     assert not folder.path.exists()
-
-
-def test_page_of_a_run_without_a_finished_epoch_stays_and_is_no_run(tmp_path: Path) -> None:
-    folder = directory(tmp_path)
-    folder.save("report.html", b"Failed")
-    (folder.path / "wandb").mkdir()
-    folder.__exit__(KeyboardInterrupt, None, None)
-    assert [path.name for path in folder.path.iterdir()] == ["report.html"]
-    assert run_folders(folder.path.parent) == [] and directory(tmp_path).path != folder.path
 
 
 @pytest.mark.parametrize("error", [RunError("no space"), KeyboardInterrupt()])

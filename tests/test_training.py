@@ -10,7 +10,9 @@ from conftest import Configure, Start, finish, run_dirs, slow, wait_for
 
 import main_tutorial
 from experiment import run, training
+from experiment.results import ExperimentResult
 from experiment.run_directory import RunDirectory
+from experiment.wandb_logging import WandbRuns
 
 
 @pytest.mark.parametrize("step", ["make_result", "draw_figures", *slow("folds_table")])
@@ -36,21 +38,26 @@ def test_run_cut_off_after_training_resumes_without_training(
     assert script.main().run_dir == run_dir
 
 
-def test_results_json_is_written_after_the_tables_are_printed(
+def test_results_json_is_written_after_the_tables_are_printed_and_before_they_are_logged(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed_before = []
+    finished_when_logged = []
 
     def finish_run(folder: RunDirectory, results: dict[str, Any]) -> None:
         printed_before.append(capsys.readouterr().out)
         original(folder, results)
 
+    def log_results(_runs: WandbRuns, result: ExperimentResult) -> None:
+        finished_when_logged.append((result.run_dir / "results.json").exists())
+
     original = RunDirectory.finish
     monkeypatch.setattr(RunDirectory, "finish", finish_run)
+    monkeypatch.setattr(WandbRuns, "log_results", log_results)
     configure(main_tutorial, EPOCHS=1).main()
     (output,) = printed_before
-    assert "Cross-validation" in output and "Report, with pictures" in output
-    assert capsys.readouterr().out == ""
+    assert "Cross-validation" in output and "Time taken" in output
+    assert finished_when_logged == [True]
 
 
 @pytest.mark.parametrize("mode", ["disabled", *slow("offline")])
