@@ -1,9 +1,8 @@
 """Print what the final network of a finished run predicts for pictures, or for all pictures in a folder.
 
 Each picture gets one line with its three most likely classes and their probabilities. A picture may have any size and
-colours; it is brought to the size and the colours of the images that the network was trained on. The digits and clothes
-are light objects on a dark background: for a network that was trained on these, a dark object on a light background
-needs --invert.
+colours; it is converted to the size and colours of the training images. The digits and clothes are light objects on a
+dark background: for a network that was trained on these, a dark object on a light background needs --invert.
 """
 
 from __future__ import annotations

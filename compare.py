@@ -13,13 +13,13 @@ index.html, is written whenever several are compared.
 The test is the corrected paired t-test (Nadeau and Bengio, 2003). It asks whether the difference would also be found on
 other data of the same kind. The training images of the folds overlap, so the interval is wider than that of a plain
 paired t-test, which asks only about other seeds on these very images. The variance is moderated (Smyth, 2004): a few
-folds alone know it badly, so it is estimated on all runs with the same folds. The more there are, the smaller the
+folds alone give a poor estimate, so all runs with the same folds are used. The more there are, the smaller the
 differences that can be found.
 
 Limits. "Not significant" does not mean "no effect": a few folds find only large effects. How large is printed with each
 comparison of two runs. If several things were changed at once, nothing tells which of them had the effect. p and ± are
-corrected for everything that is shown together (Holm, 1979), runs and metrics, since the best of many results is partly
-the luckiest. The test images are not used: after choosing a run by them, they would no longer be a test.
+corrected for everything that is shown together (Holm, 1979), runs and metrics, because the best of many results is
+partly due to chance. The test images are not used: after choosing a run by them, they would no longer be a test.
 """
 
 import argparse

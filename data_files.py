@@ -1,4 +1,7 @@
-"""Where images come from: files on disk, packed files, Debian's package, downloads, scikit-learn's digits, pictures."""
+"""Load data sets: IDX files, downloads, CIFAR-10, scikit-learn's digits, and folders of pictures.
+
+An *image* is a tensor, a *picture* is a file.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ TEST_SHARE = 0.2  # of each class, if there is no folder with test pictures
 SPLIT_SEED = 0
 MAX_NAMED = 10  # damaged pictures that a message names
 DECODED_AT_A_TIME = 256  # pictures that are in memory while they are decoded
-DECODING_MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size that it is brought to
+DECODING_MARGIN = 2  # a JPEG is decoded at no less than this multiple of the size that it is resized to
 
 
 class DatasetError(OSError):
@@ -86,7 +89,7 @@ def load_dataset(name: str | Path, data_dir: str | Path, image_shape: ImageShape
         The files are stored in ``<data_dir>/<name>``, as torchvision stores them; images that were decoded or resized
         in ``<data_dir>/decoded``.
     image_shape : tuple of int
-        Channels, height and width that every image is brought to.
+        Channels, height and width to which every image is resized.
 
     Returns
     -------
@@ -355,7 +358,7 @@ def _download_advice(name: str) -> str:
 
 
 def _load_resized(name: str, data_dir: Path, image_shape: ImageShape) -> Dataset:
-    """Return a data set by name with its images brought to a shape; they are resized once."""
+    """Return a data set by name with its images resized to a shape, which is done once."""
     path = data_dir / "decoded" / f"{name}-{_shape_name(image_shape)}.npy"
     dataset = _read_decoded(path)
     if dataset is not None:
@@ -365,13 +368,13 @@ def _load_resized(name: str, data_dir: Path, image_shape: ImageShape) -> Dataset
     jobs = [partial(_resize, each, image_shape) for each in images]
     labels = torch.cat([native.train_labels, native.test_labels]).tolist()
     contents = _Contents(len(native.train_labels), labels, native.class_names, (), native.digest())
-    return _write_decoded(path, path.stem, jobs, contents, image_shape, f"resizing {name}")
+    return _write_decoded(path, path.name, jobs, contents, image_shape, f"resizing {name}")
 
 
 def _resize(image: np.ndarray, image_shape: ImageShape) -> np.ndarray:
     from PIL import Image
 
-    return _to_shape(Image.fromarray(image if image.ndim == 2 else image.transpose(1, 2, 0)), image_shape)
+    return _resize_and_pad(Image.fromarray(image if image.ndim == 2 else image.transpose(1, 2, 0)), image_shape)
 
 
 def _load_cifar10(data_dir: Path) -> Dataset:
@@ -437,7 +440,7 @@ def _last_bytes(file: BinaryIO, number: int) -> bytes:
 
 def _write_decoded(
     path: Path,
-    stem: str,
+    prefix: str,
     jobs: Sequence[Callable[[], np.ndarray | DatasetError]],
     contents: _Contents,
     image_shape: ImageShape,
@@ -452,8 +455,8 @@ def _write_decoded(
     Parameters
     ----------
     path : Path
-    stem : str
-        Files beside it whose names begin so are of older versions of the data set, and are deleted.
+    prefix : str
+        Of the names of the files of older versions of this data set, which are deleted.
     jobs : sequence of callable
         Each returns an image, or why there is none.
     contents : _Contents
@@ -488,7 +491,7 @@ def _write_decoded(
                     file.write(encoded + struct.pack("<Q", len(encoded)))
                     file.flush()
                     os.fsync(file.fileno())
-                for older in path.parent.glob(f"{_escape_glob(stem)}*.npy"):
+                for older in path.parent.glob(f"{_escape_glob(prefix)}*"):
                     older.unlink()
                 os.replace(temporary, path)
             finally:
@@ -522,7 +525,9 @@ def _decode_into(file: BinaryIO, jobs: Sequence[Callable[[], np.ndarray | Datase
         ThreadPoolExecutor(_decoding_threads()) as threads,
         tqdm(total=len(jobs), desc=title, unit=" pictures", disable=not sys.stderr.isatty(), leave=False) as bar,
     ):
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # larger ones are damaged: see decode_picture
+        warnings.simplefilter(
+            "ignore", Image.DecompressionBombWarning
+        )  # above twice this limit, decode_picture raises an error
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, which nothing here reads
         for start in range(0, len(jobs), DECODED_AT_A_TIME):
             for outcome in threads.map(_call, jobs[start : start + DECODED_AT_A_TIME]):
@@ -604,7 +609,7 @@ class Pictures:
 
 @dataclass
 class _Found:
-    """The pictures below one folder: by class, with their names in it; and the files that are no pictures."""
+    """The pictures below one folder: by class, with their names in it; and the files that are not pictures."""
 
     classes: dict[str, list[tuple[str, Path, os.stat_result]]]
     ignored: list[Path]
@@ -743,12 +748,12 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _describe_ignored(ignored: list[Path], root: Path) -> list[str]:
-    """Return one sentence on the files that are not used; hidden ones, which people do not know of, are not named."""
+    """Return one sentence on the files that are not used; hidden files are counted but not named."""
     if not ignored:
         return []
     named = [path for path in ignored if not _is_hidden(path.name)]
     example = f", for example {_shown(named[0], root)}" if named else ""
-    files = "1 file that is no picture" if len(ignored) == 1 else f"{len(ignored):,} files that are no pictures"
+    files = "1 file that is not a picture" if len(ignored) == 1 else f"{len(ignored):,} files that are not pictures"
     return [f"Ignored: {files} in the folder of a class{example}."]
 
 
@@ -902,8 +907,9 @@ def _examples(pairs: list[str]) -> str:
 def decode_picture(path: str | Path, image_shape: ImageShape) -> np.ndarray:
     """Return a picture file as an image of a shape: uint8, (height, width) if it is grey, else (3, height, width).
 
-    The picture is turned as its EXIF data say. Transparent pixels become black or, if what is visible is dark, white.
-    Of an animation, the first frame is taken. See `_to_shape` for pictures of another aspect ratio.
+    The picture is rotated according to its EXIF orientation. Transparent pixels become black or, if the opaque ones are
+    dark, white.
+    Of an animation, the first frame is taken. See `_resize_and_pad` for pictures of another aspect ratio.
 
     Raises
     ------
@@ -917,7 +923,7 @@ def decode_picture(path: str | Path, image_shape: ImageShape) -> np.ndarray:
         with Image.open(path) as opened:
             opened.draft(mode, _size_to_decode(opened.size, image_shape))  # a JPEG is decoded at a fraction of its size
             picture = ImageOps.exif_transpose(opened)
-            return _to_shape(picture, image_shape)
+            return _resize_and_pad(picture, image_shape)
     except OSError as error:
         is_incomplete = "truncated" in str(error)  # Pillow has no class of its own for this
         reason = "it is incomplete" if is_incomplete else "it is not a picture, or of an unknown format"
@@ -939,11 +945,8 @@ def _size_to_decode(size: tuple[int, int], image_shape: ImageShape) -> tuple[int
     return max(1, math.ceil(scale * size[0])), max(1, math.ceil(scale * size[1]))
 
 
-def _to_shape(picture: Image.Image, image_shape: ImageShape) -> np.ndarray:
-    """Return a picture of any mode and size as an image of a shape.
-
-    It is resized so that all of it is visible, and the rest is filled with the median of its border.
-    """
+def _resize_and_pad(picture: Image.Image, image_shape: ImageShape) -> np.ndarray:
+    """Return a picture of any mode and size, resized without cropping and padded with the median of its border."""
     from PIL import Image
 
     channels, height, width = image_shape

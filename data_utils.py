@@ -17,8 +17,8 @@ class Dataset(NamedTuple):
 
     Images are uint8: (N, height, width) if they are grey, (N, 3, height, width) if they are in colour. Labels are int64
     (N,). `class_names` has the name of each class, `notes` what the user should know about the pictures, one sentence
-    each, `files` the names of the pictures of a folder, those for training first. `source` is a digest of what the
-    images were before they were brought to a shape; "" if they were not.
+    each, `files` the names of the pictures of a folder, those for training first. `source` is a digest of the images
+    before they were resized; "" if they were not.
     """
 
     train_images: Tensor

@@ -13,13 +13,13 @@ from models import ConvolutionalNeuralNetwork
 
 # What is computed
 DATASET = "FashionMNIST"  # or "MNIST", "KMNIST", "CIFAR10", "Digits" (small, no download), or a folder of pictures
-IMAGE_SHAPE = (1, 28, 28)  # channels (1: grey, 3: colour), height and width that every image is brought to
+IMAGE_SHAPE = (1, 28, 28)  # channels (1: grey, 3: colour), height and width; every image is resized to it
 FOLDS = 5  # parts of the cross-validation: 2 or more
 EPOCHS = 10  # passes over the training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
 LEARNING_RATE = 0.001  # step size of Adam, the peak if the schedule changes it: above 0
 LR_SCHEDULE = "cosine"  # the learning rate falls along a cosine; or "one_cycle": rises, then falls; or "constant"
-MIRROR = True  # mirror half of the training images, average each image and its mirror image in evaluation; or False
+MIRROR = True  # mirror half of the training images; average the predictions for an image and its mirror image; or False
 RNG_SEED = 314  # seed of everything random: 0 … 4294967295
 
 # How it is computed

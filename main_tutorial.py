@@ -13,7 +13,7 @@ from models import NeuralNetwork
 
 # What is computed
 DATASET = "MNIST"  # or "FashionMNIST", "KMNIST", "CIFAR10", "Digits" (small, no download), or a folder of pictures
-IMAGE_SHAPE = (1, 28, 28)  # channels (1: grey, 3: colour), height and width that every image is brought to
+IMAGE_SHAPE = (1, 28, 28)  # channels (1: grey, 3: colour), height and width; every image is resized to it
 FOLDS = 5  # parts of the cross-validation: 2 or more
 EPOCHS = 10  # passes over the training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more

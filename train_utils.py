@@ -30,10 +30,10 @@ from data_files import DEFAULT_SHAPE, cached_dataset, resolve_path
 from data_utils import Batches, pixel_statistics, split
 
 EVALUATION_BATCH_SIZE = 256  # larger batches do not fit into the processor's cache and are slower
-EVALUATION_BATCH_VALUES = 2**20  # pixels and channels of a batch of large images, of which at least 32 are in a batch
+EVALUATION_BATCH_VALUES = 2**20  # pixels × channels per evaluation batch of large images, which has at least 32 images
 CHANNELS_LAST = torch.channels_last  # the memory layout in which convolutions are faster
 State = dict[str, Any]  # state dicts of "model", "optimizer" and "scheduler"
-Metrics = dict[str, Any]  # of one epoch, by the names under which they are logged
+Metrics = dict[str, Any]  # metric name → value, for one epoch
 _process_lock = threading.Lock()  # threads take turns: the random generator and the thread count are global
 
 
@@ -278,7 +278,8 @@ def evaluation_batch_size(image_shape: tuple[int, int, int]) -> int:
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Return Adam (Kingma and Ba 2014) for all parameters of a model."""
     is_complex = any(parameter.is_complex() for parameter in model.parameters())
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=not is_complex)  # fused: faster, real only
+    # The fused kernel is faster, but does not support complex parameters.
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=not is_complex)
 
 
 def make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -291,7 +292,7 @@ def make_scheduler(fit: Fit, optimizer: torch.optim.Optimizer, steps: int) -> LR
 
 
 def load_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
-    """Continue from a state: load copies of its tensors, in the memory layout of the model's parameters.
+    """Load a state into model, optimizer and scheduler: copies of its tensors, in the memory layout of the parameters.
 
     ``Adam(fused=True)`` reads parameters and moments as flat memory. If a moment arrives in another layout, as it may
     from Dask, it computes wrong updates without an error.
@@ -306,7 +307,7 @@ def load_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def get_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> State:
-    """Return the state dicts of "model", "optimizer" and "scheduler" on the CPU; the model moves there, too."""
+    """Return the state dicts of "model", "optimizer" and "scheduler" on the CPU; this moves the model there, too."""
     for values in optimizer.state.values():
         for name, value in values.items():
             values[name] = value.cpu()
@@ -354,7 +355,7 @@ def seed_generators(seed: int) -> None:
 
 
 class RemoteError:
-    """An exception as a return value, so that an exception of a future always means that the executor failed."""
+    """Wraps an exception of an epoch as a return value: what a future itself raises is then the executor's failure."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -380,7 +381,7 @@ def _unpickle_error(pickled: bytes, places: list[tuple[str, int, str]]) -> Remot
 
 
 def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns or, if it raises anything, a `RemoteError`."""
+    """Return what a function returns or, if it raises an Exception or calls sys.exit, a `RemoteError`."""
     try:
         return function(*arguments)
     except Exception as error:
@@ -423,20 +424,20 @@ def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
 _MODULES = (data_utils, sys.modules[__name__])
 # Read when the module is imported, since the file may be edited later.
 _FUNCTIONS = _read_functions(data_utils) | _read_functions(sys.modules[__name__])
-_LIBRARIES = {"torch", "numpy", "data_files", *sys.stdlib_module_names}
-_CONSTANTS = (bool, int, float, str, torch.dtype, torch.memory_format)
+_LIBRARIES = ("torch", "numpy", "data_files")
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.memory_format)
 
 
 def code_digests() -> dict[str, str]:
     """Return a digest of each function, class and constant of data_utils and train_utils, by ``module.name``.
 
-    They describe what is in memory: a function that was replaced counts like an edited file, and an edited file counts
-    once it is imported. Comments, docstrings and formatting do not count.
+    The digests are of the objects in memory: a function that is replaced at run time changes its digest, and an edited
+    file does so once it is imported. Comments, docstrings and formatting do not count.
     """
     digests = {}
     for module in _MODULES:
         for name, value in vars(module).items():
-            code = None if name.startswith("__") else _describe(value)
+            code = None if name.startswith("__") or value is _FUNCTIONS else _describe(value)
             if code is not None:
                 digests[f"{module.__name__}.{name}"] = hashlib.sha256(code.encode()).hexdigest()[:16]
     return digests
@@ -464,12 +465,12 @@ def _check_code(fit: Fit) -> None:
 
 def _describe(value: Any) -> str | None:
     """Return what a constant, function or class consists of; None for objects of libraries and anything else."""
-    if isinstance(value, _CONSTANTS):
-        return repr(value)
+    if _is_constant(value):
+        return _repr(value)
     if isinstance(value, (classmethod, staticmethod, property)):
         value = value.fget if isinstance(value, property) else value.__func__
     value = inspect.unwrap(value) if callable(value) else value
-    if not isinstance(value, (FunctionType, type)) or value.__module__.partition(".")[0] in _LIBRARIES:
+    if not isinstance(value, (FunctionType, type)) or _is_of_library(value.__module__):
         return None
     if isinstance(value, FunctionType):
         is_generated = value.__code__.co_filename == "<string>"  # by dataclasses, from the annotations
@@ -483,6 +484,25 @@ def _describe(value: Any) -> str | None:
     return "\n".join(parts)
 
 
+def _is_constant(value: Any) -> bool:
+    """Return whether a value is a number, text or the like, or a container of such values."""
+    if isinstance(value, dict):
+        return all(map(_is_constant, [*value, *value.values()]))
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(map(_is_constant, value))
+    return isinstance(value, _CONSTANTS)
+
+
+def _repr(value: Any) -> str:
+    """Return the `repr` of a constant, with the elements of a set in order, which differs between processes."""
+    return repr(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
+
+
+def _is_of_library(module: str) -> bool:
+    package = module.partition(".")[0]
+    return package in _LIBRARIES or package in sys.stdlib_module_names
+
+
 def _describe_function(function: FunctionType) -> str:
     """Return the source of a function in the files; of any other its bytecode and the constants that it uses."""
     code = function.__code__
@@ -491,7 +511,7 @@ def _describe_function(function: FunctionType) -> str:
         return source
     variables = inspect.getclosurevars(function)
     used = {**variables.globals, **variables.nonlocals}
-    constants = {name: value for name, value in used.items() if isinstance(value, _CONSTANTS)}
+    constants = {name: _repr(value) for name, value in used.items() if _is_constant(value)}
     return f"{_describe_bytecode(code)} {sorted(constants.items())} {function.__defaults__} {function.__kwdefaults__}"
 
 

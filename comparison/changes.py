@@ -164,7 +164,7 @@ def why_not_comparable(before: FinishedRun, after: FinishedRun) -> str | None:
 
 
 def same_images(before: FinishedRun, after: FinishedRun) -> bool:
-    """Return whether the folds of two runs consist of the same images, be they brought to the same shape or not."""
+    """Return whether the folds of two runs consist of the same images, perhaps resized to different shapes."""
     one, other = before.identity, after.identity
     return one.images == other.images or (one.source != "" and one.source == other.source)
 
@@ -174,7 +174,7 @@ def _why_other_images(before: Identity, after: Identity) -> str:
     if differing:
         old, new = getattr(before, differing[0]), getattr(after, differing[0])
         return f"{differing[0].upper()} is {new}, not {old}, so their folds consist of different images"
-    return f"their folds consist of different images: the data set on disk was another one{size_change(before, after)}"
+    return f"their folds consist of different images: the data set on disk was different{size_change(before, after)}"
 
 
 def size_change(before: Identity, after: Identity) -> str:
@@ -225,7 +225,7 @@ def why_nothing_comparable(run: FinishedRun, runs: Sequence[FinishedRun]) -> str
     fewest = _fold_settings_that_differ(nearest.identity, run.identity)
     if not fewest:
         sizes = size_change(nearest.identity, run.identity)
-        return f"First run with these images: those of the other runs on this data set were other ones{sizes}."
+        return f"First run with these images: the other runs on this data set used different images{sizes}."
     settings = ", ".join(f"{name.upper()} {getattr(run.identity, name)}" for name in fewest)
     return f"First run with these folds ({settings})."
 
@@ -233,7 +233,7 @@ def why_nothing_comparable(run: FinishedRun, runs: Sequence[FinishedRun]) -> str
 def _fold_settings_that_differ(before: Identity, after: Identity) -> list[str]:
     """Return which of the settings that determine the folds differ between two runs.
 
-    The shape that images are brought to is one only if a run did not record what they were before.
+    IMAGE_SHAPE is one of them only if a run did not record the digest of the images before they were resized.
     """
     names = [name for name in FOLD_SETTINGS if getattr(before, name) != getattr(after, name)]
     if before.source and after.source and "image_shape" in names:

@@ -46,7 +46,7 @@ def draw_panel(panel: "Axes", title: str, differences: Sequence[MetricDifference
     panel.tick_params(axis="x", labelsize=8)
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", alpha=0.3)
-    left, right = ("better", "worse") if differences[0].metric == "loss" else ("worse", "better")
+    left, right = ("better", "worse") if differences[0].lower_is_better else ("worse", "better")
     panel.text(0.01, 1.01, f"← {left}", transform=panel.transAxes, ha="left", va="bottom", fontsize=9)
     panel.text(0.99, 1.01, f"{right} →", transform=panel.transAxes, ha="right", va="bottom", fontsize=9)
 
@@ -125,9 +125,9 @@ def svg_row(difference: MetricDifference, limit: float) -> str:
     return "".join(parts)
 
 
-def svg_axis(limit: float, metric: str) -> str:
+def svg_axis(limit: float, lower_is_better: bool) -> str:
     """Return the axis of `svg_row` as SVG, with the direction in which a metric improves."""
-    left, right = ("better", "worse") if metric == "loss" else ("worse", "better")
+    left, right = ("better", "worse") if lower_is_better else ("worse", "better")
     step = 10.0 ** math.floor(math.log10(limit))
     step *= next(factor for factor in (5, 2, 1, 0.5) if factor * step <= 0.8 * limit)
     texts = [f'<text x="2" y="10">← {left}</text><text class="end" x="{SVG_WIDTH - 2}" y="10">{right} →</text>']

@@ -19,7 +19,7 @@ from comparison.changes import (
 )
 from comparison.forest_plot import axis_limit, svg_axis, svg_row
 from comparison.overview import overview_of
-from comparison.pair import METRICS, PairComparison, describe_noise, metric_of, metrics_of
+from comparison.pair import LOSS, METRICS, PairComparison, describe_noise, metric_of, metrics_of
 from comparison.run_reader import (
     FinishedRun,
     read_identity,
@@ -177,7 +177,7 @@ def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> 
     return {
         "title": f"{identity.dataset}, {identity.folds} folds, RNG_SEED {identity.rng_seed}",
         "explanation": explanation,
-        "metrics": [(name, svg_axis(limits[name], name) if compared else "") for name in metrics],
+        "metrics": [(name, svg_axis(limits[name], name == LOSS) if compared else "") for name in metrics],
         "rows": rows,
     }
 

@@ -169,11 +169,11 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
 
 
 def _other_pictures(reference: FinishedRun, runs: Sequence[FinishedRun], dataset: str) -> str:
-    """Return how many training images the newest run that is not comparable lacks or has more, if on the same data."""
+    """Return how many training images more or fewer the newest run with other images has, if it is on the same data."""
     if dataset != reference.identity.dataset:
         return ""
     newest = next(run for run in runs if run.identity.dataset == dataset and not comparable(reference, run))
-    return size_change(newest.identity, reference.identity)
+    return size_change(reference.identity, newest.identity)
 
 
 def _count_runs(number: int) -> str:

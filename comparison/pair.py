@@ -28,7 +28,8 @@ from experiment.identity import has_unequal_classes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = ("accuracy", "loss")
+LOSS = "loss"  # the only metric that is better if it is lower
+METRICS = ("accuracy", LOSS)
 MACRO_F1 = "macro F1"  # a third metric if the classes are of unequal size
 MAX_CHANGES_WIDTH = 220  # characters of the changes, about three lines
 MAX_CLASSES = 3  # classes whose F1 score the text shows
@@ -190,7 +191,8 @@ def compare_with_baseline(after: FinishedRun, noise: BaselineNoise) -> PairCompa
     differences = []
     for metric in metrics_of(before):
         old, new = _metric_values(before, after, metric)
-        differences.append(compare_metric(metric, old, new, after.identity.folds, noise.metrics[metric]))
+        prior = noise.metrics[metric]
+        differences.append(compare_metric(metric, old, new, after.identity.folds, prior, metric == LOSS))
     metrics = {difference.metric: difference for difference in correct_together(differences)}
     return PairComparison(before, after, changes_between(before, after), metrics, noise)
 

@@ -29,17 +29,20 @@ def write_pair_page(comparison: PairComparison) -> Path:
 
 def pair_content(comparison: PairComparison) -> dict[str, Any]:
     """Return what a page shows of a comparison: the changes, and a table of metrics and one of F1 scores."""
-    tables = [_table("Accuracy and loss", "metric", [difference]) for difference in comparison.metrics.values()]
-    for table, difference in zip(tables, comparison.metrics.values(), strict=True):
-        table["caption"] = f"{difference.metric.capitalize()}, mean over the folds that both have"
+    metric_tables = []
+    for difference in comparison.metrics.values():
+        caption = f"{difference.metric.capitalize()}, mean over the folds that both have"
+        metric_tables.append(_table(caption, "metric", [difference]))
+    class_tables = []
     if comparison.f1:
         largest_first = sorted(comparison.f1.values(), key=lambda difference: -abs(difference.mean))
-        tables.append(_table("F1 of each class, the largest change first", "class", largest_first))
+        class_tables.append(_table("F1 of each class, the largest change first", "class", largest_first))
     explanation = "The two runs are identical in every fold." if comparison.is_identical else comparison.explanation
     return {
         "before": folder_name(comparison.before.path),
         "changes": list(dict.fromkeys(change.text for change in comparison.changes)) or ["repetition"],
-        "tables": tables,
+        "metric_tables": metric_tables,
+        "class_tables": class_tables,
         "explanation": explanation,
     }
 
@@ -58,5 +61,5 @@ def _table(caption: str, heading: str, differences: list[MetricDifference]) -> d
             "text": verdict_with_reason(difference),
         }
         rows.append(row)
-    axis = svg_axis(limit, differences[0].metric)
+    axis = svg_axis(limit, differences[0].lower_is_better)
     return {"caption": caption, "heading": heading, "rows": rows, "axis": axis}

@@ -22,7 +22,7 @@ class NoisePrior:
     variance : float
         s₀², the common variance.
     df : float
-        d₀, how many degrees of freedom it is worth; infinite if all comparisons have the same variance.
+        d₀, its degrees of freedom; infinite if all comparisons have the same variance.
     total_df : float
         The degrees of freedom of all comparisons together.
     comparisons : int
@@ -45,7 +45,7 @@ class MetricDifference:
     Attributes
     ----------
     metric : str
-        "accuracy", "loss" or the name of a class, for its F1 score.
+        "accuracy", "loss", "macro F1" or the name of a class, for its F1 score.
     before, after : list of float
         The metric in each fold.
     mean, standard_error, df, p : float
@@ -54,6 +54,7 @@ class MetricDifference:
         `p`, corrected for everything that is shown with it; NaN if there is no interval.
     level : float
         The level at which this difference alone has to be significant, so that it is significant after the correction.
+    lower_is_better : bool
     """
 
     metric: str
@@ -65,6 +66,7 @@ class MetricDifference:
     p: float
     corrected_p: float
     level: float = SIGNIFICANCE_LEVEL
+    lower_is_better: bool = False
 
     @property
     def per_fold(self) -> list[float]:
@@ -119,17 +121,24 @@ class MetricDifference:
             return "identical"
         if not self.corrected_p < SIGNIFICANCE_LEVEL:  # also if it is NaN
             return "not significant"
-        improved = self.mean < 0 if self.metric == "loss" else self.mean > 0
+        improved = self.mean < 0 if self.lower_is_better else self.mean > 0
         return "better" if improved else "worse"
 
 
 def compare_metric(
-    metric: str, before: list[float], after: list[float], folds: int, prior: NoisePrior | None = None
+    metric: str,
+    before: list[float],
+    after: list[float],
+    folds: int,
+    prior: NoisePrior | None = None,
+    lower_is_better: bool = False,
 ) -> MetricDifference:
     """Return the difference of a metric, given its values in the same folds of two runs; see `paired_difference`."""
     mean, standard_error, df, p = paired_difference(before, after, folds, prior)
     corrected_p = p if standard_error > 0 else math.nan
-    return MetricDifference(metric, before, after, mean, standard_error, df, p, corrected_p)
+    return MetricDifference(
+        metric, before, after, mean, standard_error, df, p, corrected_p, lower_is_better=lower_is_better
+    )
 
 
 def paired_difference(

@@ -44,7 +44,7 @@ _one_experiment_at_a_time = threading.RLock()  # random generators and W&B's set
 
 @contextmanager
 def make_executor(config: "TrainingConfig", executor: Executor | None) -> Iterator[Executor]:
-    """Provide what computes the epochs: the caller's executor, worker processes, or this process.
+    """Yield the executor that computes the epochs: the caller's, worker processes, or this process.
 
     An executor that was passed in is not shut down at the end. Experiments in several threads of this process wait for
     each other here.
@@ -78,7 +78,7 @@ def submit(pool: Executor, function: Callable[..., Any], *arguments: Any) -> Fut
     Raises
     ------
     RunError
-        If it accepts no more work, as an executor that was passed in and is broken.
+        If it accepts no more work, for example because it is broken.
     """
     try:
         return pool.submit(function, *arguments)

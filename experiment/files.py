@@ -11,7 +11,7 @@ from experiment.errors import RunError
 
 
 def relative_to_cwd(path: Path) -> str:
-    """Return a path relative to the working directory, or as it is if that would be longer than two steps up."""
+    """Return a path relative to the working directory, or as it is if that is two or more folders up."""
     try:
         relative = os.path.relpath(path)
     except (OSError, ValueError):  # the working directory was deleted; or, on Windows, it is on another drive

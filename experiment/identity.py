@@ -15,11 +15,11 @@ HYPERPARAMETERS = (
     "mirror",
     "rng_seed",
 )
-KEPT_AT_RESUME = ("threads", "precision")  # a resumed run keeps those that it was begun with
-SET_BY_THE_MACHINE = ("torch", "device")  # parts of the identity that a run cannot change
+KEPT_AT_RESUME = ("threads", "precision")  # a resumed run keeps its original values of these
+MACHINE_DEPENDENT = ("torch", "device")  # can differ between machines with the same settings
 UNEQUAL_CLASSES = 2  # ratio of the largest class to the smallest above which accuracy alone misleads
 FINGERPRINT_TOLERANCE = 1e-3  # two types of CPU differ by a few parts in a million
-NEGLIGIBLE_GRADIENT = 1e-6  # of the largest: rounding errors, as of a bias before batch norm
+NEGLIGIBLE_GRADIENT = 1e-6  # of the largest norm; below it are rounding errors, as for a bias before batch norm
 
 
 def has_unequal_classes(class_sizes: Mapping[str, float]) -> bool:
@@ -66,7 +66,7 @@ def same_structure(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def same_fingerprint(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
     """Return whether two fingerprints agree to one part in a thousand.
 
-    Logits are compared with the largest of them, the norm of each gradient with itself.
+    Differences of logits are relative to the largest logit, those of a gradient's norm to this norm.
     """
     if any(len(one[name]) != len(other[name]) for name in ("logits", "gradients")):
         return False

@@ -75,7 +75,7 @@ def read_progress(report: Path) -> tuple[str, str]:
 
 
 def mark_as_stopped(report: Path) -> None:
-    """Let the report of a run that was killed show that it is no longer running; it is not rewritten otherwise."""
+    """Mark the report of a killed run as stopped; leave any other report unchanged."""
     try:
         page = report.read_bytes()
     except OSError:  # it could not be written, or was deleted

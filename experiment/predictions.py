@@ -55,7 +55,7 @@ class Predictions:
 
 @dataclass
 class DoubtfulLabel:
-    """A training image whose label the network of its fold doubts: it was trained without this image.
+    """A training image to whose label the network that was trained without it gives a low probability.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ def predictions_csv(predictions: list[Predictions], dataset: Dataset) -> bytes:
 def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list[str]) -> bytes:
     """Return a table of pictures with the columns of predictions.csv.
 
-    The label is the name of a picture's folder if that is a class, else empty, as `split` is.
+    The label is the name of a picture's folder if that is a class, else empty. `split` is always empty.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -177,7 +177,7 @@ def class_name(names: list[str], label: int) -> str:
 
 
 def find_doubtful_labels(predictions: list[Predictions], dataset: Dataset) -> list[DoubtfulLabel]:
-    """Return the training images whose label is least probable, the least probable first.
+    """Return the wrongly predicted training images whose label is least probable, at most 24, the least probable first.
 
     Each is evaluated by the network of the fold that holds it out. This ranking ("self-confidence") is one of those
     that Northcutt, Jiang and Chuang (2021), *Confident Learning: Estimating Uncertainty in Dataset Labels*, compare;

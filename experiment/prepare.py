@@ -322,7 +322,7 @@ def make_identity(
 def _digest_of_folds(fits: list[Fit], data_digest: str) -> str:
     """Return a digest of the images that each fold holds out, given one of all images.
 
-    Two runs can be compared if their images are equal, or what these were before they were brought to a shape.
+    Two runs can be compared if their images were equal before they were resized.
     """
     sha = hashlib.sha256(data_digest.encode())
     for fit in fits:

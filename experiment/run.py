@@ -30,7 +30,7 @@ def run_experiment(
     ----------
     model_class : callable
         Returns the network, without arguments: its class, a function, a `functools.partial`. The network takes images
-        (N, 1, 28, 28) and returns logits (N, 10).
+        (N, *image_shape) and returns logits (N, C), C at least the number of classes.
     config : TrainingConfig
         A second experiment in another thread of this process waits until the first one has ended.
     executor : concurrent.futures.Executor, optional

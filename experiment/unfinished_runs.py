@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_files import dataset_label, resolve_path
-from experiment.identity import KEPT_AT_RESUME, SET_BY_THE_MACHINE, differing_parts
+from experiment.identity import KEPT_AT_RESUME, MACHINE_DEPENDENT, differing_parts
 from experiment.settings import TrainingConfig
 
 
@@ -30,7 +30,7 @@ class UnfinishedRun:
 
 
 def folder_prefix(config: TrainingConfig, model_name: str) -> str:
-    """Return what the names of the folders of a network's runs on a data set begin with, before the time."""
+    """Return the beginning of the names of a network's run directories: network and data set, without the time."""
     return re.sub(r"[^\w.\[\]()-]+", "_", f"{model_name}-{dataset_label(config.dataset)}") + "-"
 
 
@@ -43,7 +43,7 @@ def find_unfinished(config: TrainingConfig, model_name: str) -> list[UnfinishedR
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            differing_parts(record["identity"], record["identity"])
+            differing_parts(record["identity"], record["identity"])  # raises if something is missing
             runs.append(UnfinishedRun(path.parent, record["identity"], str(record["wandb_id"])))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not written by this version
             continue
@@ -79,10 +79,10 @@ def find_mismatch(
 
     For example ``torch (2.14.1, not 2.15.0)``.
     """
-    decisive = {name for name in SET_BY_THE_MACHINE if name != "device" or config.device == "auto"}
+    decisive = {name for name in MACHINE_DEPENDENT if name != "device" or config.device == "auto"}
     for run in unfinished:
         different = differing_parts(run.identity, identity)
         if different & decisive and different <= decisive | {*KEPT_AT_RESUME, "fingerprint"}:
-            names = [name for name in SET_BY_THE_MACHINE if name in different]
+            names = [name for name in MACHINE_DEPENDENT if name in different]
             return run, " and ".join(f"{name} ({run.identity[name]}, not {identity[name]})" for name in names)
     return None

@@ -49,8 +49,8 @@ def resolve_wandb_access(config: TrainingConfig) -> WandbAccess:
     ------
     ConfigurationError
         If the mode is online and there is no key, the key has the wrong form, or the server refuses it. The message
-        names where the key was found, never the key. If the server's address is not one. In a sweep, also if the mode
-        is not online.
+        names where the key was found, never the key. Also if W&B does not accept the server's address and, in a sweep,
+        if the mode is not online.
     RunError
         In a sweep, if the server does not respond as expected.
     """

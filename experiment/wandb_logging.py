@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # wandb takes a second to import, so only the functions that 
 
 INIT_TIMEOUT_SECONDS = 15
 FINISH_TIMEOUT_SECONDS = 30
-INTERRUPTED_SECONDS = 10  # for the same after a signal: a cluster kills the process 30 seconds after SIGTERM
+FINISH_SECONDS_AFTER_SIGNAL = 10  # a cluster kills the process 30 seconds after SIGTERM
 SWEEP_METRIC = "cross_validation/accuracy_mean"
 
 
@@ -112,7 +112,7 @@ class WandbRuns:
         """Close the runs if the experiment was interrupted, and print how to upload what they contain."""
         try:
             if not self._closed:
-                self._finish_runs(exit_code=1, seconds=INTERRUPTED_SECONDS)
+                self._finish_runs(exit_code=1, seconds=FINISH_SECONDS_AFTER_SIGNAL)
         finally:
             self._restore.close()
             self._delete_leftovers()
@@ -367,7 +367,7 @@ def _log_images_and_model(run: wandb.Run, result: ExperimentResult, final: FitRe
     for mistake in result.mistakes:
         image = wandb.Image(displayed_pixels(mistake.image, result.is_light_on_dark))
         mistakes.add_data(image, mistake.true, mistake.predicted, mistake.probability)
-    to_check = wandb.Table(columns=["image", "index", "label", "predicted class", "probability of the label"])
+    to_check = wandb.Table(columns=["image", "file or index", "label", "predicted class", "probability of the label"])
     for doubtful in result.doubtful_labels:
         image = wandb.Image(displayed_pixels(doubtful.image, result.is_light_on_dark))
         to_check.add_data(image, doubtful.name, doubtful.label, doubtful.predicted, doubtful.probability)

@@ -135,7 +135,7 @@ def test_rare_changes_are_described_first() -> None:
         ({"dataset": "KMNIST"}, "DATASET is KMNIST, not FashionMNIST, so their folds consist of different images"),
         ({"folds": 10}, "FOLDS is 10, not 5, so their folds consist of different images"),
         ({"rng_seed": 1}, "RNG_SEED is 1, not 314, so their folds consist of different images"),
-        ({}, "their folds consist of different images: the data set on disk was another one"),
+        ({}, "their folds consist of different images: the data set on disk was different"),
     ],
 )
 def test_runs_with_different_images_are_not_comparable(
@@ -156,7 +156,7 @@ def test_of_other_images_in_another_shape_the_images_are_the_reason(tmp_path: Pa
     before = make_run(tmp_path / "before", source="s", class_sizes={"cat": 20})
     other: dict[str, Any] = {"images": "77", "image_shape": [3, 64, 64], "source": "t", "class_sizes": {"cat": 32}}
     after = make_run(tmp_path / "after", **other)
-    reason = "the data set on disk was another one (+12 training images: cat 20 → 32)."
+    reason = "the data set on disk was different (+12 training images: cat 20 → 32)."
     assert str(why_not_comparable(read_run(before), read_run(after))).endswith(reason)
 
 
@@ -226,10 +226,10 @@ def test_run_is_not_its_own_nearest(before: Path) -> None:
         ([{"rng_seed": 1}], "First run with these folds (RNG_SEED 314)."),
         ([{"dataset": "KMNIST", "rng_seed": 1}], "First run with these folds (DATASET FashionMNIST, RNG_SEED 314)."),
         ([{"dataset": "KMNIST", "rng_seed": 1}, {"folds": 10}], "First run with these folds (FOLDS 5)."),
-        ([{}], "First run with these images: those of the other runs on this data set were other ones."),
+        ([{}], "First run with these images: the other runs on this data set used different images."),
         (
             [{"class_sizes": {"cat": 20}}],
-            "First run with these images: those of the other runs on this data set were other ones (+12 training "
+            "First run with these images: the other runs on this data set used different images (+12 training "
             "images: cat 20 → 32).",
         ),
         (

@@ -145,7 +145,7 @@ def test_runs_that_are_not_comparable_are_named_one_line_each(command: Run, befo
     assert status == 2 and errors.splitlines() == [
         "Bad configuration:",
         f"{one}: RNG_SEED is 1, not 314, so their folds consist of different images.",
-        f"{two}: their folds consist of different images: the data set on disk was another one.",
+        f"{two}: their folds consist of different images: the data set on disk was different.",
     ]
 
 

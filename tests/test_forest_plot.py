@@ -17,7 +17,10 @@ from experiment.plots import BLUE, ORANGE, png_bytes
 
 def draw(*runs: Any, metric: str = "accuracy", p: float | None = None) -> Any:
     """Return a panel with one row per run, each compared with BASE; `p` replaces their corrected p values."""
-    differences = [compare_metric(metric, BASE.tolist(), np.asarray(run).tolist(), 5) for run in runs]
+    lower = metric == "loss"
+    differences = [
+        compare_metric(metric, BASE.tolist(), np.asarray(run).tolist(), 5, lower_is_better=lower) for run in runs
+    ]
     if p is not None:
         differences = [replace(difference, corrected_p=p) for difference in differences]
     panel = Figure(figsize=(6, 4)).subplots()

@@ -301,4 +301,4 @@ def test_runs_on_other_pictures_of_the_same_folder_are_named_with_what_differs(b
         shutil.rmtree(path, ignore_errors=True)
         make_run(path, minutes=5, class_sizes=sizes | {"cat": 32})
     text = " ".join(overview_of_all(before.parent).text.split())
-    assert "different images (2 on FashionMNIST (+12 training images: cat 20 → 32))" in text
+    assert "different images (2 on FashionMNIST (-12 training images: cat 32 → 20))" in text

@@ -34,6 +34,13 @@ def test_repetition_is_identical(before: Path, tmp_path: Path) -> None:
     assert lines[1:] == ["  repetition", "  identical in every fold"]
 
 
+def test_higher_f1_of_a_class_called_loss_is_better(before: Path, tmp_path: Path) -> None:
+    classes = ("win", "loss")
+    old, new = (make_run(tmp_path / name, values, classes=classes) for name, values in (("0", BASE), ("1", BETTER)))
+    pair = compare(old, new)
+    assert pair.f1["loss"].mean > 0 and pair.f1["loss"].verdict == "better"
+
+
 def test_change_without_any_effect_is_identical(before: Path, tmp_path: Path) -> None:
     lines = text_of(before, make_run(tmp_path / "after", threads=2)).splitlines()
     assert lines[1:] == ["  threads 1 → 2", "  identical in every fold"]

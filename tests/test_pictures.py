@@ -217,7 +217,7 @@ def test_files_that_are_no_pictures_are_counted_and_ignored(tiles: Path) -> None
     dataset = load(tiles)
     assert dataset.digest() == expected
     assert dataset.notes == (
-        "Ignored: 4 files that are no pictures in the folder of a class, for example cat/Thumbs.db.",
+        "Ignored: 4 files that are not pictures in the folder of a class, for example cat/Thumbs.db.",
     )
 
 
@@ -250,6 +250,15 @@ def test_a_pipe_named_like_a_picture_is_ignored(tiles: Path) -> None:
 def test_a_picture_in_lab_colours_is_decoded(shape: tuple[int, int, int], tmp_path: Path) -> None:
     Image.new("LAB", (30, 30), (200, 128, 128)).save(tmp_path / "lab.tif")
     assert decode_picture(tmp_path / "lab.tif", shape).min() > 150
+
+
+def test_images_of_another_shape_stay_when_a_data_set_is_resized(tmp_path: Path) -> None:
+    for shape in ((1, 10, 100), (1, 10, 10)):
+        load_dataset("Digits", tmp_path, shape)
+    assert sorted(path.name for path in (tmp_path / "decoded").glob("*.npy")) == [
+        "Digits-1x10x10.npy",
+        "Digits-1x10x100.npy",
+    ]
 
 
 def refusal(folder: Path) -> str:

@@ -239,7 +239,7 @@ def test_holm_keeps_the_family_wise_error_of_ten_comparisons_at_five_percent() -
 
 
 def make_difference(after: np.ndarray, metric: str = "accuracy") -> MetricDifference:
-    return compare_metric(metric, BASE.tolist(), after.tolist(), 5)
+    return compare_metric(metric, BASE.tolist(), after.tolist(), 5, lower_is_better=metric == "loss")
 
 
 def test_confidence_interval_has_the_width_of_the_t_distribution() -> None:

@@ -1,6 +1,7 @@
 """Edits of the training code: each is another run, and all processes of a run train with the same code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def test_a_constant_that_a_replaced_function_uses_changes_its_digest(monkeypatch
     before = code_digests()
     monkeypatch.setattr(sys.modules[__name__], "SMOOTHING", 0.2)
     assert changed_names(before) == ["train_utils.compute_accuracy"]
+
+
+@pytest.mark.parametrize("value", [0.9, None, (0.9, 0.999), [1, 2], {"beta": 0.9}, {"a", "b"}])
+def test_a_constant_of_any_type_has_a_digest(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_digests()
+    monkeypatch.setattr(train_utils, "BETAS", value, raising=False)
+    assert code_digests().keys() - before.keys() == {"train_utils.BETAS"}
+
+
+def test_digests_are_the_same_in_every_process() -> None:
+    code = "import train_utils; train_utils.NAMES = {'a', 'b', 'c', 'd'}; print(train_utils.code_digest())"
+    digests = set()
+    for seed in "12":
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        digests.add(subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True).stdout)
+    assert len(digests) == 1
 
 
 def test_a_replaced_method_changes_the_digest_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
