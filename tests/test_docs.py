@@ -1,8 +1,6 @@
 """README.md and docs/: the links, files, options, constants and values on the pages exist, and their code runs."""
 
 import ast
-import contextlib
-import io
 import re
 import shlex
 import subprocess
@@ -221,12 +219,8 @@ def test_excerpt_is_in_its_file(page: Path, block: str) -> None:
     assert lines[start : start + len(excerpt)] == excerpt
 
 
-def test_tutorials_table_of_layers_is_what_its_code_prints() -> None:
-    blocks = [block for _, block in BLOCK.findall(TUTORIAL.read_text())]
-    (program,) = [block for block in blocks if "for layer in" in block]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(program, {})
-    assert printed.getvalue() == blocks[blocks.index(program) + 1]
+def test_tutorial_has_at_most_280_lines() -> None:
+    assert len(TUTORIAL.read_text().splitlines()) <= 280
 
 
 @pytest.mark.slow
