@@ -76,21 +76,21 @@ def check_model(
     Raises
     ------
     ConfigurationError
-        If it shares parameters with a second network that is built, does not return logits (N, C), C at least the
-        number of classes, or has no trainable parameters; or if PyTorch's default dtype is not float32.
+        If it is no network that PyTorch can train on the images, shares parameters with a second one that is built,
+        does not return logits (N, C), C at least the number of classes, or has no trainable parameters.
     Exception
         What the network itself raises, with the user's own line as the last one of the traceback.
     """
     check_logits = functools.partial(_check_logits, classes=classes, dataset=dataset)
+    build = functools.partial(_build, model_class)
     try:
         with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
-            first = build_network(model_class, CPU, image_shape)
+            first = build_network(build, CPU, image_shape)
             name = type(first).__name__
-            _check_default_dtype()
             outputs = _fingerprint_outputs(first, image_shape)
             for logits in outputs:
                 check_logits(first, logits, FINGERPRINT_IMAGES)
-            second = build_network(model_class, CPU, image_shape)
+            second = build_network(build, CPU, image_shape)
             _check_parameters(name, first, second)
             _check_gradient(first, outputs[0])
             fingerprint = _fingerprint(first, outputs, image_shape)
@@ -124,17 +124,13 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
     Raises
     ------
     ConfigurationError
-        If it is built already, needs arguments, or is a dataclass that cannot be hashed.
+        If it is built already, or needs arguments.
     """
     if isinstance(model_class, nn.Module):
         name = type(model_class).__name__
         raise ConfigurationError(
             f"the network must be a class, or a function that builds it, got a {name} that is already built: each fit "
             f"needs a new one, as in run_experiment({name}, …). Remove the parentheses behind it"
-        )
-    if inspect.isclass(model_class) and model_class.__hash__ is None:
-        raise ConfigurationError(
-            f"{model_class.__name__} cannot be hashed, as PyTorch needs it: write @dataclass(eq=False) above the class"
         )
     try:
         inspect.signature(model_class).bind()
@@ -147,13 +143,42 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
         ) from None
 
 
-def _check_default_dtype() -> None:
-    """Raise unless new parameters are float32, as the images are."""
-    dtype = torch.get_default_dtype()
+def _build(model_class: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network; raise a ConfigurationError if it is none, or if PyTorch cannot train it on the images."""
+    network: Any = model_class()
+    _check_defaults()
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(
+            f"the function that builds the network must return an nn.Module, got {type(network).__name__}"
+        )
+    _check_hashable(network)
+    return network
+
+
+def _check_defaults() -> None:
+    """Raise unless new tensors are float32 and on the CPU, as the images are when a network is checked."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     if dtype != torch.float32:
         raise ConfigurationError(
             f"the images are float32, but PyTorch's default is {dtype}: remove the call of torch.set_default_dtype"
         )
+    if device != CPU:
+        raise ConfigurationError(
+            f"networks are built on the CPU, but PyTorch's default is {device}: remove the call of "
+            "torch.set_default_device and set DEVICE"
+        )
+
+
+def _check_hashable(module: nn.Module) -> None:
+    """Raise if a module or one inside it cannot be a key of PyTorch's own dicts and sets."""
+    if type(module).__hash__ is None:
+        raise ConfigurationError(
+            f"{type(module).__name__} cannot be hashed, as PyTorch needs it: write @dataclass(eq=False) above the "
+            "class, or __hash__ = nn.Module.__hash__ below its __eq__"
+        )
+    for child in module._modules.values():  # children() hashes them
+        if child is not None:
+            _check_hashable(child)
 
 
 def _check_logits(network: nn.Module, logits: Any, images: int, classes: int, dataset: str) -> None:
@@ -204,15 +229,17 @@ def _train_and_evaluate(
     """Take one training step on two images and evaluate one image, as the last batch may have only one."""
     images = _random_images(2, image_shape).to(device)
     labels = torch.zeros(2, dtype=torch.int64, device=device)
+    network.train()
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        logits = network.train()(images)
+        logits = network(images)
     check_logits(network, logits, len(images))
     nn.CrossEntropyLoss()(logits.float(), labels).backward()
     make_optimizer(network, learning_rate=1e-3).step()
     # Batch norm without running statistics cannot evaluate a single image and raises a ValueError.
     single = None
+    network.eval()
     with torch.no_grad(), contextlib.suppress(ValueError):
-        single = network.eval()(images[:1])
+        single = network(images[:1])
     if single is not None:
         check_logits(network, single, 1)
 
@@ -231,13 +258,18 @@ def _printed(network: nn.Module) -> str:
 
 def _fingerprint_outputs(network: nn.Module, image_shape: ImageShape) -> list[Tensor]:
     """Return what a network returns for the fixed images in training mode, then in evaluation mode."""
-    return [network.train(training)(_random_images(FINGERPRINT_IMAGES, image_shape)) for training in (True, False)]
+    outputs = []
+    for training in (True, False):
+        network.train(training)
+        outputs.append(network(_random_images(FINGERPRINT_IMAGES, image_shape)))
+    return outputs
 
 
 def _fingerprint(network: nn.Module, outputs: list[Tensor], image_shape: ImageShape) -> dict[str, list[float]]:
     """Return the logits, and the norm of each parameter's gradient in training mode."""
     seed_generators(FINGERPRINT_SEED)  # whatever was drawn since the network was built
-    logits = network.train()(_random_images(FINGERPRINT_IMAGES, image_shape))
+    network.train()
+    logits = network(_random_images(FINGERPRINT_IMAGES, image_shape))
     nn.CrossEntropyLoss()(logits, torch.arange(FINGERPRINT_IMAGES) % logits.shape[1]).backward()
     gradients = [0.0 if each.grad is None else float(each.grad.norm()) for each in network.parameters()]
     return {

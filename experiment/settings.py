@@ -54,12 +54,15 @@ def _check_dataset(dataset: str | Path) -> str | Path:
 
 
 def _check_image_shape(value: Any) -> tuple[int, int, int]:
-    """Return an image shape as a tuple, also if it is a list, or a string such as ``3x64x64``."""
+    """Return an image shape as a tuple, also if it is a list or an array, or a string such as ``3x64x64``."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}(x[0-9]{1,5}){2}", value):
         value = [int(number) for number in value.split("x")]
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or any(type(each) is not int for each in value):
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise ValueError
-    channels, height, width = value
+    channels, height, width = (each.item() if isinstance(each, np.generic) else each for each in value)
+    if not all(type(each) is int for each in (channels, height, width)):
+        raise ValueError
     if channels not in (1, 3) or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ValueError
     return channels, height, width

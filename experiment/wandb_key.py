@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import requests
 
@@ -134,11 +135,10 @@ def server_url() -> str:
 
 def _check_server_address(url: str) -> None:
     """Raise a ConfigurationError for an address that W&B itself would refuse, also when it logs offline."""
-    is_url = re.fullmatch(r"https?://[^\s/?#'\"]+(/\S*)?", url) is not None
-    host = url.partition("://")[2].partition("/")[0].partition(":")[0]
+    host, is_url = _read_host(url), re.fullmatch(r"(?i:https?)://[^\s/?#'\"]+(/\S*)?", url) is not None
     is_part_of_cloud = host == "wandb.ai" or host.endswith(".wandb.ai")
     is_api_of_cloud = is_part_of_cloud and "api." in host and url.startswith("https")
-    if is_url and (is_api_of_cloud or not is_part_of_cloud):
+    if host and is_url and (is_api_of_cloud or not is_part_of_cloud):
         return
     source = (
         "the environment variable WANDB_BASE_URL" if os.environ.get("WANDB_BASE_URL") else "base_url in W&B's settings"
@@ -147,6 +147,15 @@ def _check_server_address(url: str) -> None:
         f"{source} must be the address of a W&B server, such as {DEFAULT_SERVER} or https://wandb.example.com, without "
         f"quotation marks, got {url!r}"
     )
+
+
+def _read_host(url: str) -> str:
+    """Return the name of the server in an address; an empty string if there is none, or if its port is no port."""
+    try:
+        parts = urlsplit(url)
+        return "" if parts.port == 0 else parts.hostname or ""
+    except ValueError:
+        return ""
 
 
 def _url_in_settings_files() -> str | None:

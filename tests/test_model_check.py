@@ -215,13 +215,51 @@ def test_default_dtype_that_the_images_do_not_have_is_one_line(dtype: torch.dtyp
         torch.set_default_dtype(torch.float32)
 
 
-def test_dataclass_that_cannot_be_hashed_is_one_line() -> None:
+def test_default_device_that_is_not_the_cpu_is_one_line() -> None:
+    def build() -> nn.Module:
+        torch.set_default_device("meta")
+        return NeuralNetwork()
+
+    try:
+        with pytest.raises(ConfigurationError, match=r"default is meta: remove the call of torch\.set_default_device"):
+            check(build)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_network_that_cannot_be_hashed_is_one_line() -> None:
     @dataclass
     class Net(NeuralNetwork):
         width: int = 3
 
+    class Comparable(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
     with pytest.raises(ConfigurationError, match=r"^Net cannot be hashed, .* write @dataclass\(eq=False\)"):
-        check_callable(Net)
+        check(Net)
+    with pytest.raises(ConfigurationError, match=r"^Comparable cannot be hashed, .* __hash__ = nn.Module.__hash__"):
+        check(lambda: nn.Sequential(nn.Flatten(), Comparable(784, 10)))
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [(lambda: None, "NoneType"), (lambda: (NeuralNetwork(), 1), "tuple"), (lambda: NeuralNetwork, "type")],
+)
+def test_function_that_returns_no_network_is_one_line(build: Callable[[], Any], found: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^the function .* must return an nn\.Module, got {found}$"):
+        check(build)
+
+
+def test_network_whose_train_and_eval_return_nothing_is_accepted() -> None:
+    class Net(NeuralNetwork):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+        def eval(self) -> None:  # type: ignore[override]
+            super().eval()
+
+    check(Net)
 
 
 # --- The fingerprint ---

@@ -46,7 +46,18 @@ GOOD: dict[str, list[Any]] = {
 
 BAD: dict[str, list[Any]] = {
     "DATASET": ["CIFAR100", "digits", "nowhere", "README.md", "", "~no_such_user", "a\0b", "x" * 5000, None, 1],
-    "IMAGE_SHAPE": [(2, 28, 28), (4, 28, 28), (1, 28), (1, 0, 28), (1, 28, 28.0), (True, 28, 28), 28, "28x28", None],
+    "IMAGE_SHAPE": [
+        (2, 28, 28),
+        (4, 28, 28),
+        (1, 28),
+        (1, 0, 28),
+        (1, 28, 28.0),
+        (True, 28, 28),
+        np.array(3),
+        28,
+        "28x28",
+        None,
+    ],
     "FOLDS": [1, 0, -5, True, 5.0, "5", None],
     "EPOCHS": [0, -1, True, 1.0, "1", None, float("nan"), float("inf")],
     "BATCH_SIZE": [1, 0, True, 64.0, "64", None],
@@ -283,10 +294,13 @@ def test_an_odd_string_on_the_command_line_is_one_line(string: str, monkeypatch:
         TrainingConfig.from_constants(vars(main_cnn) | constants)
 
 
-@pytest.mark.parametrize("shape", ["3x64x96", [3, 64, 96], (3, 64, 96)])
+@pytest.mark.parametrize(
+    "shape", ["3x64x96", [3, 64, 96], (3, 64, 96), (3, np.int64(64), np.uint8(96)), np.array([3, 64, 96])]
+)
 def test_an_image_shape_becomes_a_tuple(shape: Any) -> None:
     config = TrainingConfig.from_constants(vars(main_cnn) | {"IMAGE_SHAPE": shape})
-    assert config.image_shape == (3, 64, 96) and config.to_dict()["image_shape"] == [3, 64, 96]
+    assert config.image_shape == (3, 64, 96) and [type(each) for each in config.image_shape] == [int, int, int]
+    assert config.to_dict()["image_shape"] == [3, 64, 96]
 
 
 @pytest.mark.parametrize(

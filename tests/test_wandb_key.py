@@ -226,6 +226,9 @@ def test_settings_file_without_a_server_is_ignored(
         "https://app.wandb.ai",
         "http://api.wandb.ai",
         "ftp://x",
+        "https://wandb.example.com ",
+        "http://localhost:99999",
+        "http://localhost:port",
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "offline"])
@@ -243,6 +246,8 @@ def test_address_of_a_server_is_accepted_as_wandb_accepts_it(monkeypatch: pytest
     for url in (
         "https://wandb.example.com",
         "http://localhost:8080/",
+        "HTTPS://wandb.example.com/path",
+        "http://[::1]:8080",
         "https://api.wandb.ai",
         "https://me.api.wandb.ai",
     ):
