@@ -301,8 +301,9 @@ def load_state(state: State, model: nn.Module, optimizer: torch.optim.Optimizer,
     optimizer.load_state_dict(state["optimizer"])
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            like = parameter if value.shape == parameter.shape else value
-            values[name] = torch.empty_like(like).copy_(value)
+            if isinstance(value, Tensor):  # some optimizers also store numbers
+                like = parameter if value.shape == parameter.shape else value
+                values[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     scheduler.load_state_dict(state["scheduler"])
 
 
@@ -310,7 +311,8 @@ def get_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRS
     """Return the state dicts of "model", "optimizer" and "scheduler" on the CPU; this moves the model there, too."""
     for values in optimizer.state.values():
         for name, value in values.items():
-            values[name] = value.cpu()
+            if isinstance(value, Tensor):
+                values[name] = value.cpu()
     return {
         "model": model.cpu().state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from experiment.errors import ConfigurationError
 from experiment.files import relative_to_cwd
 from experiment.plots import displayed_pixels
 from experiment.results import ExperimentResult, FitResult
@@ -91,11 +94,18 @@ class WandbRuns:
         return f"{shlex.quote(program)} sync{option} {shlex.quote(folder)}/{pattern}"
 
     def __enter__(self) -> WandbRuns:
-        """Open the runs, and print where they are logged."""
+        """Open the runs, and print where they are logged.
+
+        Raises
+        ------
+        ConfigurationError
+            If W&B refuses one of its environment variables.
+        """
         if self.mode == "disabled":
             return self
         self._restore.enter_context(_isolated_wandb(self._wandb_dir))
         try:
+            _check_environment()
             self._delete_files()  # of an earlier attempt, whose epochs are logged again
             self._log_or_downgrade(self._log_new_rows)
         except BaseException:  # an interruption
@@ -303,6 +313,7 @@ def _isolated_wandb(wandb_dir: Path) -> Iterator[None]:
         "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
         "WANDB_ERROR_REPORTING": os.environ.get("WANDB_ERROR_REPORTING", "false"),  # it would wait for the server
         "WANDB_HTTP_TIMEOUT": os.environ.get("WANDB_HTTP_TIMEOUT", "10"),
+        "WANDB_MODE": "online",  # "auto" is not W&B's; each run is opened with its own mode
     }
     before = {name: os.environ.get(name) for name in variables}
     hooks = (sys.exit, sys.excepthook)  # W&B replaces them whenever it starts its service
@@ -320,6 +331,24 @@ def _isolated_wandb(wandb_dir: Path) -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = previous
+
+
+def _check_environment() -> None:
+    """Raise a ConfigurationError for an environment variable that W&B refuses: it would not log offline, either."""
+    import wandb
+
+    for name, value in os.environ.items():
+        if not name.startswith("WANDB_") or name == "WANDB_API_KEY":  # no message may contain the key
+            continue
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+        except wandb.errors.UsageError as error:
+            reason = str(error)
+        else:
+            continue
+        raise ConfigurationError(f"W&B refuses the environment variable {name}, got {value!r}: {reason}")
 
 
 def _user_has_open_run() -> bool:

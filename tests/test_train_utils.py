@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from conftest import DATA_DIR, Configure, make_fit
 from torch import Tensor, nn
 
 import main_tutorial
+import train_utils
 from data_files import cached_dataset, load_dataset
 from data_utils import Batches, pixel_statistics, split
 from experiment.prepare import make_fits
@@ -190,6 +191,38 @@ def test_fit_resumes_from_a_saved_state_with_the_same_bits(change: dict[str, Any
         resumed, metrics = run_epoch(fit, epoch, resumed)
     assert_same_state(resumed, expected)
     assert metrics["train/loss"] == history[-1]["train/loss"]
+
+
+class SignSGD(torch.optim.Optimizer):
+    """A hand-written optimizer: its state has numbers, a list and None, too."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, history=[], largest=None, mean=torch.zeros_like(parameter))
+                state["step"] += 1
+                state["mean"].lerp_(parameter.grad, 1 / state["step"])
+                parameter -= group["lr"] * state["mean"].sign()
+
+
+@pytest.mark.parametrize("optimizer", [SignSGD, torch.optim.SGD, torch.optim.Adafactor])
+def test_fit_with_another_optimizer_resumes_with_the_same_bits(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        train_utils, "make_optimizer", lambda model, learning_rate: optimizer(model.parameters(), learning_rate)
+    )
+    fit = make_fit(EPOCHS=2)
+    expected, _ = train_fit(fit)
+    saved = io.BytesIO()
+    torch.save(run_epoch(fit, 1, None)[0], saved)
+    saved.seek(0)
+    resumed, _ = run_epoch(fit, 2, torch.load(saved, weights_only=True))
+    assert_same_tensors(resumed["model"], expected["model"])
 
 
 def reversed_strides(tensor: Tensor) -> Tensor:

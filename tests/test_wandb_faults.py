@@ -15,8 +15,9 @@ from test_wandb_logging import assert_received, lines_about_wandb, sync
 from wandb_server import WandbServer
 
 import main_tutorial
+from experiment.errors import ConfigurationError
 from experiment.results import ExperimentResult
-from experiment.wandb_logging import WandbRuns
+from experiment.wandb_logging import WandbRuns, _check_environment
 
 ERRORS = {
     "disk full": OSError(errno.ENOSPC, "No space left on device"),
@@ -78,6 +79,32 @@ def test_exception_of_wandb_offline_costs_one_line(
     assert all((result.run_dir / name).exists() for name in ("results.json", *FIGURES))
     assert not (result.run_dir / "wandb").exists()
     assert {name for name in os.environ if "WANDB" in name} == environment
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WANDB_SILENT", "maybe"), ("WANDB_INIT_TIMEOUT", "soon"), ("WANDB_PROJECT", "a/b")]
+)
+def test_variable_that_wandb_refuses_is_one_line_before_training(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "not a key")
+    _check_environment()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError) as error:
+        _check_environment()
+    message = str(error.value)
+    assert message.startswith(f"W&B refuses the environment variable {variable}, got {value!r}: ")
+    assert "\n" not in message and "not a key" not in message
+
+
+def test_mode_that_only_this_program_knows_logs_offline(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "auto")
+    result = configure(main_tutorial, EPOCHS=1, WANDB_MODE="online").main()
+    assert not lines_about_wandb(capfd.readouterr().err)
+    assert len(list((result.run_dir / "wandb").glob("offline-run-*"))) == 3
+    assert os.environ["WANDB_MODE"] == "auto"
 
 
 @pytest.mark.slow
