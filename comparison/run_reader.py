@@ -3,6 +3,7 @@
 The final fit is never read: test images take no part in any comparison.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -288,6 +289,8 @@ def display_path(path: Path) -> str:
 
 def _read_json(path: Path, model: type[Model]) -> Model:
     try:
+        if path.is_fifo():
+            raise OSError(errno.EINVAL, "it is a pipe")  # reading it would wait forever
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problem = _problem(error)

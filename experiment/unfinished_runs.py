@@ -39,7 +39,7 @@ def find_unfinished(config: TrainingConfig, model_name: str) -> list[UnfinishedR
     runs = []
     prefix = folder_prefix(config, model_name)
     for path in sorted(resolve_path(config.runs_dir).glob("*/config.json"), key=_modification_time, reverse=True):
-        if not path.parent.name.startswith(prefix) or (path.parent / "results.json").exists():
+        if not path.parent.name.startswith(prefix) or (path.parent / "results.json").exists() or not path.is_file():
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))

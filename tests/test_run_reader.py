@@ -82,6 +82,14 @@ def test_damaged_file_is_named_in_one_line(name: str, content: bytes, before: Pa
         read_run(before)
 
 
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_pipe_instead_of_a_file_is_not_read(name: str, before: Path) -> None:
+    (before / name).unlink()
+    os.mkfifo(before / name)
+    with pytest.raises(ConfigurationError, match=rf"cannot be read: {name} cannot be read \(it is a pipe\)\.$"):
+        read_run(before)
+
+
 def test_folder_instead_of_a_file_is_named(before: Path) -> None:
     (before / "results.json").unlink()
     (before / "results.json").mkdir()

@@ -82,6 +82,8 @@ def test_unfinished_runs_are_found_from_the_newest_to_the_oldest(tmp_path: Path)
         config.write_text(json.dumps({"identity": IDENTITY, "wandb_id": str(number)}))
         os.utime(config, (number, number))
     (tmp_path / "Net-Digits-finished" / "results.json").write_text("{}")
+    (tmp_path / "Net-Digits-pipe").mkdir()
+    os.mkfifo(tmp_path / "Net-Digits-pipe" / "config.json")  # reading it would wait forever
     runs = find_unfinished(make_config(RUNS_DIR=str(tmp_path)), "Net")
     assert [(run.path.name, run.wandb_id) for run in runs] == [("Net-Digits-2", "1"), ("Net-Digits-1", "0")]
 
