@@ -285,7 +285,7 @@ def _import_module(module: str, network: str) -> dict[str, Any]:
 
 @contextmanager
 def _training_refused(file: str) -> Iterator[None]:
-    """Let a file that trains when it is imported end with one line instead of starting a run."""
+    """Let a file that trains or exits when it is imported end with one line instead."""
     import experiment.run
 
     def refuse(*_arguments: Any, **_keywords: Any) -> NoReturn:
@@ -293,12 +293,19 @@ def _training_refused(file: str) -> Iterator[None]:
             f'{file} trains when it is imported. Put the call of run_experiment under if __name__ == "__main__":'
         )
 
-    run_experiment = experiment.run.run_experiment
+    run_experiment, arguments = experiment.run.run_experiment, sys.argv
     experiment.run.run_experiment = refuse
+    sys.argv = [file]  # a file that reads its arguments must not see those of this command
     try:
         yield
+    except SystemExit as end:
+        raise ConfigurationError(
+            f"{file} ends the program when it is imported (exit status {end.code}). Put what it does, besides defining "
+            'the network, under if __name__ == "__main__":'
+        ) from None
     finally:
         experiment.run.run_experiment = run_experiment
+        sys.argv = arguments
 
 
 def read_picture(path: Path, image_shape: ImageShape = DEFAULT_SHAPE, invert: bool = False) -> Tensor:

@@ -192,9 +192,10 @@ def cached_dataset(name: str, data_dir: str | Path, digest: str, image_shape: Im
 
 
 def _find_file(file: str, folder: Path) -> Path:
-    """Return the path of a file as unpackers store it: perhaps with a dot in its name, or in a folder of that name."""
-    names = (file, file.replace("-idx", ".idx"))
-    stems = [name.removesuffix(".gz") for name in names]
+    """Return the path of a file as unpackers store it: with a dot, in capitals, or in a folder of its own name."""
+    names = [file, file.replace("-idx", ".idx")]
+    names += [name.upper() for name in names]
+    stems = [name.removesuffix(".gz").removesuffix(".GZ") for name in names]
     paths = [folder / name for name in names]
     paths += [folder / stem / name for stem in (*stems, *names) for name in names]
     return next((path for path in paths if _is_file(path)), folder / file)

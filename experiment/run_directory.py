@@ -55,9 +55,9 @@ class RunDirectory:
             self.resumed = same is not None
             self.path = same or self._create(runs_dir, prefix)
         except OSError as error:
+            reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
             raise RunError(
-                f"{relative_to_cwd(runs_dir)} cannot be written ({error.strerror}). Fix the permissions or change "
-                "RUNS_DIR."
+                f"{relative_to_cwd(runs_dir)} cannot be written ({reason}). Fix the permissions or change RUNS_DIR."
             ) from None
         if not self.resumed:
             self._print_mismatch(config, experiment.identity, unfinished)

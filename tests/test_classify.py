@@ -137,6 +137,17 @@ def test_file_that_trains_when_it_is_imported_is_one_line(error_line: Callable[.
     )
 
 
+def test_file_that_reads_its_arguments_when_it_is_imported_sees_none(command: Command) -> None:
+    Path("own.py").write_text(f"import argparse\nargparse.ArgumentParser().parse_args()\n{OWN}")
+    assert "digit.png: " in command("digit.png", "--network", "own.py:Own")[0]
+
+
+def test_file_that_exits_when_it_is_imported_is_one_line(error_line: Callable[..., str]) -> None:
+    Path("own.py").write_text(f"{OWN}raise SystemExit(3)\n")
+    line = error_line("digit.png", "--network", "own.py:Own")
+    assert line.startswith("  own.py ends the program when it is imported (exit status 3). Put what it does, ")
+
+
 def test_command_predicts_with_the_newest_run_in_its_own_process(run_dir: Path, tmp_path: Path) -> None:
     save(DIGITS[0].numpy(), tmp_path / "digit.png")
     process = start_python(tmp_path, str(REPOSITORY / "classify.py"), "digit.png", "--runs-dir", "runs")

@@ -100,12 +100,15 @@ def test_packed_files_beside_the_unpacked_ones_are_unpacked(raw: Path, digits: D
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-def test_files_named_with_a_dot_are_loaded(raw: Path, digits: Dataset, packed: bool) -> None:
+@pytest.mark.parametrize("capitals", [False, True])
+def test_files_named_with_a_dot_or_in_capitals_are_loaded(
+    raw: Path, digits: Dataset, packed: bool, capitals: bool
+) -> None:
     for name in data_files.FILE_DIMENSIONS:
         content = (raw / name).read_bytes()
         (raw / name).unlink()
-        dotted = raw / (name.replace("-idx", ".idx") + ".gz" * packed)
-        dotted.write_bytes(gzip.compress(content) if packed else content)
+        file = name.replace("-idx", ".idx") + ".gz" * packed
+        (raw / (file.upper() if capitals else file)).write_bytes(gzip.compress(content) if packed else content)
     given = {path.name: path.read_bytes() for path in raw.iterdir()}
     assert_same(load_dataset("FashionMNIST", raw.parents[1]), digits)
     assert given.items() <= {path.name: path.read_bytes() for path in raw.iterdir()}.items()

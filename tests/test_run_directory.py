@@ -241,6 +241,6 @@ def test_a_run_that_fails_while_its_config_is_written_leaves_no_folder(
 
 def test_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    message = "cannot be written (File exists). Fix the permissions or change RUNS_DIR."
+    message = "cannot be written (it is not a folder). Fix the permissions or change RUNS_DIR."
     with pytest.raises(RunError, match=re.escape(f"{relative_to_cwd(tmp_path / 'file')} {message}")):
         directory(tmp_path / "file")
