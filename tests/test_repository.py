@@ -26,9 +26,9 @@ def test_conda_installs_the_requirements_file() -> None:
     assert {"pip": [index, "-r requirements.txt"]} in environment["dependencies"]
 
 
-def test_the_tutorials_snippet_classifies_a_picture(tmp_path: Path) -> None:
-    tutorial = (REPOSITORY / "docs" / "tutorial.md").read_text()
-    snippet = re.search(r"```python\n(import torch\nfrom PIL.*?)```", tutorial, re.DOTALL)
+def test_the_snippet_for_model_pt_classifies_a_picture(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    snippet = re.search(r"```python\n(import torch\nfrom PIL.*?)```", page, re.DOTALL)
     assert snippet is not None
     torch.manual_seed(0)
     network = ConvolutionalNeuralNetwork()
