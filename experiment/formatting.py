@@ -1,8 +1,10 @@
 """How durations, class names and sentences look in messages, tables and plots."""
 
+import re
 import textwrap
 
 WIDTH = 80  # columns of the terminal
+LOOKS_LIKE_KEY = r"[A-Za-z0-9_-]{40,}"  # a W&B API key, which no message may contain
 
 
 def format_duration(seconds: float) -> str:
@@ -27,3 +29,8 @@ def display_name(class_name: str) -> str:
 def wrap(sentence: str) -> str:
     """Return a sentence in lines of at most 80 columns."""
     return textwrap.fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def hide_keys(message: str) -> str:
+    """Return a message with an ellipsis for whatever in it looks like a W&B API key."""
+    return re.sub(LOOKS_LIKE_KEY, "…", message)

@@ -17,11 +17,11 @@ from pydantic_core import PydanticCustomError
 
 from data_files import CLASS_NAMES, resolve_path
 from experiment.errors import ConfigurationError, user_errors
+from experiment.formatting import LOOKS_LIKE_KEY, hide_keys
 from experiment.wandb_sweep import sweep_parameters
 
 MAX_SIDE = 4096  # pixels of an image
 MAX_SHOWN = 80  # characters of a bad value in a message
-LOOKS_LIKE_KEY = r"[A-Za-z0-9_-]{40,}"  # a W&B API key, which no message may contain
 
 
 def _check_path(path: str | Path) -> str | Path:
@@ -243,7 +243,7 @@ def _read_comments(script: Path) -> dict[str, str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{re.sub(LOOKS_LIKE_KEY, '…', message)} (--help lists the options)")
+        raise ConfigurationError(f"{hide_keys(message)} (--help lists the options)")
 
 
 def _parse_value(name: str, string: str) -> Any:

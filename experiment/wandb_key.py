@@ -17,6 +17,7 @@ import requests
 from data_files import resolve_path
 from experiment.errors import ConfigurationError, RunError
 from experiment.files import relative_to_cwd
+from experiment.formatting import hide_keys
 from experiment.terminal import warn
 from experiment.wandb_sweep import Sweep, pop_sweep_env
 
@@ -119,7 +120,7 @@ def _mode_in_environment() -> str | None:
         return "offline"
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ConfigurationError(
-            f"the environment variable WANDB_MODE must be online, offline or disabled, got {mode!r}"
+            f"the environment variable WANDB_MODE must be online, offline or disabled, got {hide_keys(mode)!r}"
         )
     return mode
 
@@ -145,7 +146,7 @@ def _check_server_address(url: str) -> None:
     )
     raise ConfigurationError(
         f"{source} must be the address of a W&B server, such as {DEFAULT_SERVER} or https://wandb.example.com, without "
-        f"quotation marks, got {url!r}"
+        f"quotation marks, got {hide_keys(url)!r}"
     )
 
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from experiment.errors import ConfigurationError
 from experiment.files import relative_to_cwd
+from experiment.formatting import hide_keys
 from experiment.plots import displayed_pixels
 from experiment.results import ExperimentResult, FitResult
 from experiment.run_directory import RunDirectory
@@ -348,7 +349,7 @@ def _check_environment() -> None:
             reason = str(error)
         else:
             continue
-        raise ConfigurationError(f"W&B refuses the environment variable {name}, got {value!r}: {reason}")
+        raise ConfigurationError(hide_keys(f"W&B refuses the environment variable {name}, got {value!r}: {reason}"))
 
 
 def _user_has_open_run() -> bool:

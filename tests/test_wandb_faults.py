@@ -97,6 +97,13 @@ def test_variable_that_wandb_refuses_is_one_line_before_training(
     assert "\n" not in message and "not a key" not in message
 
 
+def test_key_in_a_variable_that_wandb_refuses_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", KEY)
+    with pytest.raises(ConfigurationError) as error:
+        _check_environment()
+    assert "WANDB_SILENT" in str(error.value) and KEY not in str(error.value)
+
+
 def test_mode_that_only_this_program_knows_logs_offline(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

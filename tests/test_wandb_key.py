@@ -22,6 +22,7 @@ from wandb_server import WandbServer
 import main_tutorial
 from experiment import wandb_key
 from experiment.errors import ConfigurationError
+from experiment.settings import TrainingConfig
 from experiment.wandb_key import WandbAccess, find_api_key, resolve_wandb_access, server_url
 
 LONG_KEY = "wandb_v1_" + "aB3" * 25 + "_9"  # 86 characters, the form of new keys
@@ -240,6 +241,14 @@ def test_address_that_is_no_server_is_one_line_also_offline(
         resolve(mode)
     assert "the environment variable WANDB_BASE_URL must be the address of a W&B server, such as" in str(error.value)
     assert str(error.value).endswith(f"got {url!r}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE", "WANDB_BASE_URL"])
+def test_key_in_another_variable_is_not_printed(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, KEY)
+    with pytest.raises(ConfigurationError) as error:
+        resolve_wandb_access(TrainingConfig.from_constants(vars(main_tutorial)))
+    assert variable in str(error.value) and KEY not in str(error.value)
 
 
 def test_address_of_a_server_is_accepted_as_wandb_accepts_it(monkeypatch: pytest.MonkeyPatch) -> None:
