@@ -14,7 +14,6 @@ import math
 import os
 import re
 import socket
-import stat
 import struct
 import sys
 import tempfile
@@ -526,9 +525,8 @@ def _decode_into(file: BinaryIO, jobs: Sequence[Callable[[], np.ndarray | Datase
         ThreadPoolExecutor(_decoding_threads()) as threads,
         tqdm(total=len(jobs), desc=title, unit=" pictures", disable=not sys.stderr.isatty(), leave=False) as bar,
     ):
-        warnings.simplefilter(
-            "ignore", Image.DecompressionBombWarning
-        )  # above twice this limit, decode_picture raises an error
+        # Above twice the limit of this warning, decode_picture raises an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, which nothing here reads
         for start in range(0, len(jobs), DECODED_AT_A_TIME):
             for outcome in threads.map(_call, jobs[start : start + DECODED_AT_A_TIME]):
@@ -705,10 +703,9 @@ def _scan(folder: Path) -> _Found:
                     status = path.stat()
                 except OSError as error:  # a symbolic link to nowhere
                     raise _unreadable(path, error) from None
-                if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                    pictures.append((path.relative_to(class_folder).as_posix(), path, status))
-                    continue
-            found.ignored.append(path)
+                pictures.append((path.relative_to(class_folder).as_posix(), path, status))
+            else:
+                found.ignored.append(path)
     return found
 
 
@@ -724,7 +721,10 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and not _is_hidden(path.name)
+    """Return whether a file is named like a picture; not if it is a pipe or the like, which would be waited for."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES or _is_hidden(path.name):
+        return False
+    return _is_file(path) or not os.path.exists(path)  # a link to nowhere cannot be read, and is not ignored
 
 
 def _files(folder: Path) -> list[Path]:
@@ -909,8 +909,7 @@ def decode_picture(path: str | Path, image_shape: ImageShape) -> np.ndarray:
     """Return a picture file as an image of a shape: uint8, (height, width) if it is grey, else (3, height, width).
 
     The picture is rotated according to its EXIF orientation. Transparent pixels become black or, if the opaque ones are
-    dark, white.
-    Of an animation, the first frame is taken. See `_resize_and_pad` for pictures of another aspect ratio.
+    dark, white. Of an animation, the first frame is taken. See `_resize_and_pad` for other aspect ratios.
 
     Raises
     ------

@@ -53,11 +53,6 @@ def differing_parts(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
     return different
 
 
-def same_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether two networks, as config.json records them, have the same structure and fingerprint."""
-    return same_structure(one, other) and same_fingerprint(one["fingerprint"], other["fingerprint"])
-
-
 def same_structure(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Return whether two networks have the same name, layers and number of parameters."""
     return all(one[name] == other[name] for name in ("name", "printed", "parameters"))

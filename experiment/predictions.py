@@ -160,15 +160,15 @@ def _image_names(part: Predictions, dataset: Dataset) -> list[str]:
     return [dataset.files[first + index] for index in part.indices.tolist()]
 
 
-def _cell(text: str) -> str:
-    """Return a text as a cell: with quotation marks if it needs them, and never as a formula."""
+def _cell(value: str) -> str:
+    """Return a value as a cell: with quotation marks if it needs them, and never as a formula."""
     buffer = io.StringIO()
-    csv.writer(buffer).writerow([_not_a_formula(text)])
+    csv.writer(buffer).writerow([_not_a_formula(value)])
     return buffer.getvalue().removesuffix("\r\n")
 
 
-def _not_a_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+def _not_a_formula(value: str) -> str:
+    return f"'{value}" if value.startswith(FORMULA_STARTS) else value
 
 
 def class_name(names: list[str], label: int) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from experiment.identity import HYPERPARAMETERS, same_fingerprint, same_identity, same_network
+from experiment.identity import HYPERPARAMETERS, same_fingerprint, same_identity
 
 Fingerprint = dict[str, list[float]]
 FINGERPRINT: Fingerprint = {"logits": [-2.0, 0.5, 1.0], "gradients": [5.0, 0.01]}
@@ -37,7 +37,7 @@ def test_identity_with_other_names_is_another() -> None:
 )
 def test_another_network_is_another_identity(change: dict[str, Any]) -> None:
     other = NETWORK | change
-    assert not same_network(NETWORK, other)
+    assert not same_identity({"network": NETWORK}, {"network": other})
     assert not same_identity(IDENTITY, IDENTITY | {"network": other})
 
 

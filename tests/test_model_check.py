@@ -15,7 +15,7 @@ from conftest import NETWORK_SOURCE, REPOSITORY
 from torch import Tensor, nn
 
 from experiment.errors import ConfigurationError
-from experiment.identity import same_network
+from experiment.identity import same_identity
 from experiment.model_check import ModelSummary, check_callable, check_model, is_same_network
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 
@@ -282,7 +282,7 @@ def summary_of(source: str) -> dict[str, Any]:
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_that_the_printed_structure_does_not_show_changes_the_fingerprint(edit: str) -> None:
     before, after = summary_of(NETWORK_SOURCE), summary_of(NETWORK_SOURCE.replace(*EDITS[edit]))
-    assert before["printed"] == after["printed"] and not same_network(before, after)
+    assert before["printed"] == after["printed"] and not same_identity({"network": before}, {"network": after})
 
 
 def test_comment_and_docstring_do_not_change_the_summary() -> None:
@@ -300,7 +300,7 @@ def test_summary_does_not_depend_on_random_numbers_drawn_before() -> None:
 def test_network_that_returns_only_zeros_or_infinity_has_a_fingerprint(value: float) -> None:
     extreme = changed_output(lambda logits, training: logits * 0 + value)
     one, other = check(extreme).to_dict(), check(extreme).to_dict()
-    assert same_network(one, json.loads(json.dumps(other, allow_nan=False)))
+    assert same_identity({"network": one}, {"network": json.loads(json.dumps(other, allow_nan=False))})
 
 
 @pytest.mark.slow
@@ -317,7 +317,8 @@ print(json.dumps(check_model(models.ConvolutionalNeuralNetwork, "cpu", "float32"
 """
     command = [sys.executable, "-c", code]
     printed = subprocess.check_output(command, cwd=REPOSITORY, env=os.environ | environment, text=True)
-    assert same_network(json.loads(printed), check(ConvolutionalNeuralNetwork).to_dict())
+    here = check(ConvolutionalNeuralNetwork).to_dict()
+    assert same_identity({"network": json.loads(printed)}, {"network": here})
 
 
 def test_renamed_class_builds_the_same_network() -> None:

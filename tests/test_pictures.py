@@ -35,7 +35,7 @@ import main_cnn
 import main_tutorial
 from classify import load_network, read_picture
 from comparison.run_reader import read_run
-from data_files import DatasetError, cached_dataset, decode_picture, find_pictures, load_dataset
+from data_files import DatasetError, cached_dataset, decode_picture, find_pictures, load_dataset, pictures_below
 from data_utils import Dataset, light_background_share
 from experiment.errors import ConfigurationError
 from experiment.model_check import check_model
@@ -244,6 +244,7 @@ def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path) -> None:
 def test_a_pipe_named_like_a_picture_is_ignored(tiles: Path) -> None:
     os.mkfifo(tiles / "cat" / "pipe.png")
     assert len(load(tiles).files) == 25
+    assert len(pictures_below(tiles)) == 25
 
 
 @pytest.mark.parametrize("shape", [GREY, (3, 28, 28)])
