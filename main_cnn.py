@@ -19,7 +19,7 @@ EPOCHS = 10  # passes over the training images: 1 or more
 BATCH_SIZE = 64  # images per step of the optimizer: 2 or more
 LEARNING_RATE = 0.001  # step size of Adam, the peak if the schedule changes it: above 0
 LR_SCHEDULE = "cosine"  # the learning rate falls along a cosine; or "one_cycle": rises, then falls; or "constant"
-MIRROR = True  # mirror half of the training images; average the predictions for an image and its mirror image; or False
+MIRROR = True  # mirror half of the training images; average the probabilities of each and its mirror image; or False
 RNG_SEED = 314  # seed of everything random: 0 … 4294967295
 
 # How it is computed

@@ -60,6 +60,8 @@ class Net(nn.Module):
         return self.layers(helper(images))
 """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # under `make test &` it would be ignored, also in the scripts
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes of pytest-xdist share the cores
 train_utils.test_loop.__test__ = False  # type: ignore[attr-defined]  # the name is PyTorch's; it is not a test
 
 
