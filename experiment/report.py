@@ -453,11 +453,15 @@ def _doubtful_labels_content(result: ExperimentResult) -> list[dict[str, Any]]:
             "name": doubtful.name,
             "label": display_name(doubtful.label),
             "predicted": display_name(doubtful.predicted),
-            "probability": f"{100 * doubtful.probability:.2g} %",
+            "probability": _percentage(doubtful.probability),
             "png": _png_of_pixels(displayed_pixels(doubtful.image, result.is_light_on_dark)),
         }
         for doubtful in result.doubtful_labels
     ]
+
+
+def _percentage(probability: float) -> str:
+    return "< 0.01 %" if probability < 0.0001 else f"{100 * probability:.2g} %"
 
 
 def _png_of_pixels(pixels: npt.NDArray[np.uint8]) -> bytes:

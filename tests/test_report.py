@@ -171,6 +171,11 @@ def test_labels_to_check_have_their_image_name_label_and_prediction(result: Expe
     assert make_report(result).count('<li><img src="data:image/png;base64,iVBORw0K') == 3
 
 
+def test_tiny_probability_of_a_label_is_shown_without_an_exponent(result: ExperimentResult) -> None:
+    result.doubtful_labels[0].probability = 2.3e-8
+    assert "label: Coat (< 0.01 %)" in text_of("<h2>" + section(make_report(result), "labels"))
+
+
 def test_report_says_which_folds_have_no_predictions() -> None:
     report = make_report(make_hand_made_result(failures={"fold-1": "fold-1 diverged in epoch 1."}))
     assert "for each test image; it has no rows of fold-1" in text_of("<h2>" + section(report, "files"))
