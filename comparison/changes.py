@@ -15,6 +15,10 @@ from experiment.identity import HYPERPARAMETERS, same_fingerprint
 FOLD_SETTINGS = ("dataset", "image_shape", "folds", "rng_seed")  # which images a fold consists of
 MAX_CLASSES_SHOWN = 3
 MAX_LAYER_WIDTH = 40  # characters of a layer that was added, removed or replaced
+PRINTED_DEFAULTS = {  # of PyTorch's layers, as they are printed
+    *("stride=(1, 1)", "padding=0", "dilation=1", "ceil_mode=False", "bias=True", "inplace=False"),
+    *("eps=1e-05", "momentum=0.1", "affine=True", "track_running_stats=True", "start_dim=1", "end_dim=-1"),
+}
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,21 @@ def _layer_change(old: str, new: str) -> str:
         return f"removed {_shorten(old)}"
     kind, arguments = _split_layer(old)
     new_kind, new_arguments = _split_layer(new)
-    if kind != new_kind or len(arguments) != len(new_arguments):
+    if kind != new_kind:
+        shown = _without_defaults(arguments)
+        if shown and shown == _without_defaults(new_arguments):
+            return f"{kind} → {new_kind}({', '.join(shown)})"
         return f"{_shorten(old)} → {_shorten(new)}"
-    shown = []
-    for argument, new_argument in zip(arguments, new_arguments, strict=True):
-        name, equals, _ = argument.partition("=")
-        if argument != new_argument:
-            shown.append(f"{argument} → {new_argument.removeprefix(name + '=')}")
-        elif not equals:
-            shown.append(argument)
+    positional = [argument for argument in arguments if "=" not in argument]
+    new_positional = [argument for argument in new_arguments if "=" not in argument]
+    if len(positional) != len(new_positional):
+        return f"{_shorten(old)} → {_shorten(new)}"
+    shown = [a if a == b else f"{a} → {b}" for a, b in zip(positional, new_positional, strict=True)]
+    keywords, new_keywords = _keywords(arguments), _keywords(new_arguments)
+    for name in keywords | new_keywords:
+        value, new_value = keywords.get(name, "default"), new_keywords.get(name, "default")
+        if value != new_value:
+            shown.append(f"{name}={value} → {new_value}")
     return f"{kind}({', '.join(shown)})"
 
 
@@ -117,11 +127,25 @@ def _split_layer(line: str) -> tuple[str, list[str]]:
     """Return a printed layer's kind and arguments, such as ``Conv2d`` and ``["32", "64", "kernel_size=(3, 3)"]``."""
     match = re.fullmatch(r"((?:\(\w+\): )?\w+)\((.+)\)", line)
     if match is None:
-        return line, []
+        return line.removesuffix("()"), []
     return match[1], re.split(r", (?![^(]*\))", match[2])
 
 
+def _keywords(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the values of a printed layer's arguments that have a name; PyTorch prints some only if they are set."""
+    pairs = [argument.split("=", 1) for argument in arguments if "=" in argument]
+    return {name: value for name, value in pairs}
+
+
+def _without_defaults(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if argument not in PRINTED_DEFAULTS]
+
+
 def _shorten(layer: str) -> str:
+    """Return a printed layer without the defaults of its arguments, and of at most `MAX_LAYER_WIDTH` characters."""
+    kind, arguments = _split_layer(layer)
+    if arguments or layer.endswith("()"):
+        layer = f"{kind}({', '.join(_without_defaults(arguments))})"
     return layer if len(layer) <= MAX_LAYER_WIDTH else f"{layer[: MAX_LAYER_WIDTH - 1]}…"
 
 
