@@ -87,7 +87,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="PNG, JPEG or another format that Pillow reads; or a folder of them",
     )
     parser.add_argument("--run", help="a run directory, or a part of its name (default: the newest finished run)")
-    parser.add_argument("--network", metavar="FILE:CLASS", help="the network's class, if it is not in models.py")
+    parser.add_argument(
+        "--network",
+        metavar="FILE:NAME",
+        help="the network's class, or a function that builds it, if it is not a class in models.py",
+    )
     parser.add_argument("--invert", action="store_true", help="the pictures are dark on a light background")
     parser.add_argument(
         "--csv",
@@ -214,8 +218,8 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
     except Exception as error:  # a damaged file, or a class that was edited, can raise many types
         reason = str(error).splitlines()[-1].strip(" \t.") if str(error) else type(error).__name__
         raise ConfigurationError(
-            f"the parameters in {where} do not fit {recorded.name} as it is now ({reason}). Name the "
-            "class that was trained, as in --network file.py:Class"
+            f"the parameters in {where} do not fit {recorded.name} as it is now ({reason}). Name the class "
+            "that was trained, or the function that built it, as in --network file.py:name"
         ) from None
     if not is_same_network(recorded.model_dump(), model_class, image_shape):
         raise ConfigurationError(
@@ -243,7 +247,9 @@ def _class_in_models(name: str) -> Callable[[], nn.Module]:
     import models
 
     if not hasattr(models, name):
-        raise ConfigurationError(f"{name} is not in models.py. Name its file: --network file.py:{name}")
+        raise ConfigurationError(
+            f"{name} is not in models.py. Name the class, or the function that builds it: --network file.py:{name}"
+        )
     return getattr(models, name)
 
 
@@ -268,7 +274,7 @@ def _class_in_file(network: str) -> Callable[[], nn.Module]:
             sys.path.append(str(path.parent))  # it may import its neighbours, as when it is run as a script
             namespace = runpy.run_path(file)
     if name not in namespace:
-        raise ConfigurationError(f"{file} has no {name}")
+        raise ConfigurationError(f"{file} has no {name}: name the class of the network, or a function that builds it")
     return namespace[name]
 
 

@@ -68,7 +68,9 @@ def _read_arguments() -> argparse.Namespace:
         help="the folder with all runs (default: runs beside compare.py)",
     )
     parser.add_argument(
-        "--baseline", metavar="RUN", help="the run that all others are compared with (default: the oldest)"
+        "--baseline",
+        metavar="RUN",
+        help="the run that all others are compared with, also on the page (default: the oldest)",
     )
     parser.add_argument(
         "--last",
@@ -108,9 +110,10 @@ def _print_pair(names: list[str], runs_dir: Path) -> None:
 
 def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
     from comparison.overview import DEFAULT_LAST, overview_of, overview_of_all
-    from comparison.run_reader import display_path, read_runs, run_folders
+    from comparison.run_reader import display_path, find_run, read_runs, run_folders
 
-    page = _write_index(arguments.runs_dir)
+    chosen = None if arguments.baseline is None else find_run(arguments.baseline, arguments.runs_dir)
+    page = _write_index(arguments.runs_dir, chosen)
     if names:
         baseline, *others = _find_runs(names, arguments.runs_dir)
         history, _ = read_runs(baseline.path.parent)
@@ -127,7 +130,7 @@ def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
         print_line(f"\nPage of all runs: {display_path(page)}")
 
 
-def _write_index(runs_dir: Path) -> Path | None:
+def _write_index(runs_dir: Path, baseline: "FinishedRun | None") -> Path | None:
     """Write the page of all runs and return its path; None if there is no folder, or if it cannot be written."""
     from comparison.index import write_index
 
@@ -135,7 +138,7 @@ def _write_index(runs_dir: Path) -> Path | None:
         return None
     page = None
     with nonfatal("the page of all runs"):
-        page = write_index(runs_dir)
+        page = write_index(runs_dir, baseline)
     return page
 
 

@@ -38,10 +38,11 @@ LOCK_SECONDS = 10  # to wait for another process that writes the page; then it i
 VERDICTS = ("worse", "not significant", "identical", "better")  # the order of sorted rows
 
 
-def write_index(runs_dir: Path) -> Path:
+def write_index(runs_dir: Path, baseline: FinishedRun | None = None) -> Path:
     """Write the page of all runs in a folder and return its path.
 
-    Processes that write it at the same time do so one after another, so that the last one sees the runs of all.
+    Without `baseline`, each group is compared with its oldest run. Processes that write the page at the same time do so
+    one after another, so that the last one sees the runs of all.
 
     Raises
     ------
@@ -50,7 +51,7 @@ def write_index(runs_dir: Path) -> Path:
     """
     path = runs_dir / "index.html"
     with _lock(runs_dir):
-        write_atomically(path, render("index.html.jinja", **_content(runs_dir)))
+        write_atomically(path, render("index.html.jinja", **_content(runs_dir, baseline)))
     return path
 
 
@@ -67,7 +68,7 @@ def _lock(runs_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _content(runs_dir: Path) -> dict[str, Any]:
+def _content(runs_dir: Path, baseline: FinishedRun | None) -> dict[str, Any]:
     runs, states, problems = _read_all(runs_dir)
     groups: list[list[FinishedRun]] = []
     for run in runs:
@@ -76,7 +77,7 @@ def _content(runs_dir: Path) -> dict[str, Any]:
             groups.append([run])
         else:
             group.append(run)
-    shown = [_group(group, states, runs_dir) for group in groups]
+    shown = [_group(group, states, runs_dir, baseline) for group in groups]
     if problems:
         shown.append(_group_of_unreadable(problems))
     count, now = len(runs) + len(problems), datetime.now().astimezone()
@@ -134,14 +135,18 @@ def _state_of_unfinished(path: Path) -> str:
     return f"{ended}{f' after {progress}' if progress else ''}; the same command resumes it"
 
 
-def _group(runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path) -> dict[str, Any]:
+def _group(
+    runs: list[FinishedRun], states: dict[Path, str], runs_dir: Path, chosen: FinishedRun | None
+) -> dict[str, Any]:
     """Return what the page shows of the runs whose folds consist of the same images, the newest first."""
     usable = [run for run in runs if len(run.folds) >= 2]
     baseline = usable[-1] if usable else None
+    if chosen is not None:
+        baseline = next((run for run in usable if run.path.samefile(chosen.path)), baseline)
     compared: dict[Path, PairComparison] = {}
     explanation = "No run here has a result in two folds yet."
     if baseline is not None:
-        others = [run for run in usable[:-1] if comparable(baseline, run)]
+        others = [run for run in usable if run.path != baseline.path and comparable(baseline, run)]
         overview = overview_of(baseline, others, runs_dir, usable)
         compared = {row.run.path: row.comparison for row in overview.rows if row.comparison is not None}
         explanation = f"Baseline: {folder_name(baseline.path)}."

@@ -99,10 +99,13 @@ def check_model(
     except ConfigurationError:
         raise
     except Exception as error:  # whatever the network raises
-        error.add_note(f"The images have the shape (N, {', '.join(map(str, image_shape))}), which IMAGE_SHAPE sets.")
+        if isinstance(error, (RuntimeError, ValueError, IndexError)):  # of PyTorch, if the shapes do not fit
+            shape = ", ".join(map(str, image_shape))
+            error.add_note(f"The images have the shape (N, {shape}), which IMAGE_SHAPE sets.")
         end_traceback_at_user_code(error, torch.__path__[0], train_loop.__code__.co_filename, __file__)
         raise
     _warn_of_probabilities(name, outputs[1])
+    _warn_of_unused_logits(name, outputs[1], classes, dataset)
     parameters = sum(parameter.numel() for parameter in first.parameters() if parameter.requires_grad)
     return ModelSummary(name, _printed(first), parameters, fingerprint)
 
@@ -249,6 +252,16 @@ def _warn_of_probabilities(name: str, outputs: Tensor) -> None:
     sums = outputs.float().sum(1)  # the network may compute in another precision
     if (outputs >= 0).all() and torch.allclose(sums, torch.ones(len(sums)), atol=0.02):
         warn(f"{name} returns probabilities (rows that sum to 1), not logits: remove the softmax.")
+
+
+def _warn_of_unused_logits(name: str, logits: Tensor, classes: int, dataset: str) -> None:
+    """Warn if a network returns more logits than there are classes: the others get a part of the probability."""
+    returned = logits.shape[1]
+    if returned > classes:
+        warn(
+            f"{name} returns {returned} logits, but {dataset} has only {classes} classes: let the last Linear return "
+            f"{classes}."
+        )
 
 
 def _printed(network: nn.Module) -> str:

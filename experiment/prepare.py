@@ -336,7 +336,7 @@ def _describe_plan(config: TrainingConfig, resources: Resources, executor_name: 
     dataset = dataset_label(config.dataset)
     epochs = "epoch" if config.epochs == 1 else "epochs"
     return (
-        f"{model.name}, {model.parameters:,} parameters, on {dataset}: {config.folds} folds and a final fit, "
+        f"{model.name}, {model.parameters:,} trainable parameters, on {dataset}: {config.folds} folds and a final fit, "
         f"{config.epochs} {epochs} each, on {resources.device} in {resources.precision}, {where}."
     )
 

@@ -3,10 +3,13 @@
 import argparse
 import ast
 import io
+import os
 import re
 import tokenize
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -155,7 +158,7 @@ class TrainingConfig:
         try:
             return cls(**(values | sweep_parameters()))
         except pydantic.ValidationError as error:
-            raise ConfigurationError(error.errors()[0]["msg"]) from None
+            raise ConfigurationError(_with_spelling(error.errors()[0]["msg"], constants)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as JSON can store them."""
@@ -187,7 +190,31 @@ def _error_line(error: Any) -> str:
     found = repr(error["input"])
     if len(found) > MAX_SHOWN:
         found = f"{found[: MAX_SHOWN - 3]}…"
-    return f"{name.upper()} must be {config_fields()[name].description}, got {found}"
+    hint = _dataset_hint(error["input"]) if name == "dataset" else ""
+    return f"{name.upper()} must be {config_fields()[name].description}, got {found}{hint}"
+
+
+def _with_spelling(message: str, constants: Mapping[str, Any]) -> str:
+    """Return a message in which each missing constant is followed by a similar name that the script defines."""
+    unknown = [name for name in constants if name.isupper() and name.lower() not in config_fields()]
+    lines = []
+    for line in message.splitlines():
+        similar = get_close_matches(line.removesuffix(" is missing"), unknown, n=1)
+        lines.append(f"{line}; {similar[0]} is not a setting" if similar and line.endswith(" is missing") else line)
+    return "\n".join(lines)
+
+
+def _dataset_hint(dataset: Any) -> str:
+    """Return in parentheses what is wrong with the name of a data set: its spelling, or there is no such folder."""
+    if not isinstance(dataset, (str, Path)) or not 0 < len(str(dataset)) <= MAX_SHOWN or "\0" in str(dataset):
+        return ""
+    similar = get_close_matches(str(dataset).lower(), [name.lower() for name in CLASS_NAMES], n=1)
+    if similar:
+        name = next(name for name in CLASS_NAMES if name.lower() == similar[0])
+        return f' (did you mean "{name}"?)'
+    with suppress(RuntimeError, OSError):  # "~name" of an unknown user
+        return f" (there is no folder {_to_utf8(os.path.abspath(resolve_path(dataset)))})"
+    return ""
 
 
 def _to_utf8(value: str | Path) -> str:
@@ -213,7 +240,7 @@ def read_command_line(constants: Mapping[str, Any], description: str | None) -> 
     parser = _Parser(description=description, allow_abbrev=False)
     comments = _read_comments(Path(constants["__file__"]))
     for name in config_fields():
-        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        flags = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         help_text = f"{comments.get(name.upper(), '')} (default: {constants.get(name.upper())!r})".replace("%", "%%")
         parser.add_argument(*flags, dest=name, metavar="VALUE", help=help_text.strip(), default=argparse.SUPPRESS)
     with user_errors():
@@ -243,7 +270,10 @@ def _read_comments(script: Path) -> dict[str, str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{hide_keys(message)} (--help lists the options)")
+        option = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        similar = get_close_matches(option[1], self._option_string_actions, n=1) if option else []
+        advice = f"did you mean {similar[0]}? " if similar else ""
+        raise ConfigurationError(f"{hide_keys(message)} ({advice}--help lists the options)")
 
 
 def _parse_value(name: str, string: str) -> Any:

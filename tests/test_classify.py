@@ -254,9 +254,10 @@ def test_network_outside_models_py_needs_its_file(
     command: Command, error_line: Callable[..., str], run_dir: Path
 ) -> None:
     rename_network(run_dir, "Own")
-    assert "Own is not in models.py. Name its file: --network file.py:Own" in error_line("digit.png")
-    Path("own.py").write_text(OWN)
+    assert "or the function that builds it: --network file.py:Own" in error_line("digit.png")
+    Path("own.py").write_text(OWN + "def build():\n    return Own()\n")
     assert "digit.png: class " in command("digit.png", "--network", "own.py:Own")[0]
+    assert "digit.png: class " in command("digit.png", "--network", "own.py:build")[0]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hand_made import HISTORIES, make_experiment
 from synthetic_runs import BASE, BETTER, make_identity, make_run, write_json
 
 from comparison.index import write_index
+from comparison.run_reader import read_run
 from experiment import pages
 from experiment.errors import RunError
 from experiment.pages import relative_url
@@ -57,6 +58,14 @@ def test_rows_are_grouped_by_their_images_the_newest_first(tmp_path: Path) -> No
         "26 Nov 18:32 no earlier result 0.9232 0.0768 baseline 42 s",
     ]
     assert page.count('class="diamond filled"') == 2 and page.count('<svg class="axis"') == 2
+
+
+def test_a_run_can_be_chosen_as_the_baseline(tmp_path: Path) -> None:
+    make_run(tmp_path / "N-20261126-183000")
+    chosen = read_run(make_run(tmp_path / "N-20261126-183100", BETTER, minutes=1, mirror=True))
+    page = write_index(tmp_path, chosen).read_text()
+    assert "Baseline: N-20261126-183100." in page
+    assert [row.split()[-3] for row in rows_of(page)] == ["baseline", "worse"]
 
 
 def test_runs_on_the_same_images_in_another_shape_are_one_group(tmp_path: Path) -> None:

@@ -190,6 +190,12 @@ def test_network_that_returns_probabilities_gets_a_warning(
     assert capsys.readouterr().err == message
 
 
+def test_network_with_more_logits_than_classes_gets_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    check_model(NeuralNetwork, "cpu", "float32", (1, 28, 28), 3, "pictures")
+    message = "NeuralNetwork returns 10 logits, but pictures has only 3 classes: let the last Linear return 3.\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     "model_class",
     [NeuralNetwork, ConvolutionalNeuralNetwork, changed_output(lambda logits, training: logits.relu())],

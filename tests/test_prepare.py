@@ -208,8 +208,8 @@ def prepare_small(pool: Any, **constants: Any) -> Any:
 def test_the_plan_is_printed_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     prepare_small(SerialExecutor(), WORKERS=1, EPOCHS=1)
     assert " ".join(capsys.readouterr().out.split()) == (
-        "NeuralNetwork, 669,706 parameters, on Digits: 2 folds and a final fit, 1 epoch each, on cpu in float32, "
-        "1 at a time."
+        "NeuralNetwork, 669,706 trainable parameters, on Digits: 2 folds and a final fit, 1 epoch each, on cpu in "
+        "float32, 1 at a time."
     )
 
 

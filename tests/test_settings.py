@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -223,15 +224,18 @@ def test_help_shows_the_description_and_each_constants_comment_and_default(
     assert len(options) == 1 + len(ORDER)  # and --help
 
 
-@pytest.mark.parametrize("option", ["--epoch", "--epochss"])
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [("--epoch", "did you mean --epochs? "), ("--lr_shedule", "did you mean --lr_schedule? "), ("--zzz", "")],
+)
 def test_an_unknown_option_is_refused_in_one_line_with_status_2(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["main_cnn.py", f"{option}=3"])
     with pytest.raises(SystemExit) as end:
         read_command_line(vars(main_cnn), None)
     assert end.value.code == 2
-    expected = f"Bad configuration:\n  unrecognized arguments: {option}=3 (--help lists the options)\n"
+    expected = f"Bad configuration:\n  unrecognized arguments: {option}=3 ({advice}--help lists the options)\n"
     assert capsys.readouterr().err == expected
 
 
@@ -259,6 +263,26 @@ def test_a_deleted_constant_is_reported_as_missing() -> None:
     constants = {name: value for name, value in vars(main_cnn).items() if name != "EPOCHS"}
     with pytest.raises(ValueError, match=r"^EPOCHS is missing$"):
         TrainingConfig.from_constants(constants)
+
+
+def test_a_misspelled_constant_is_named_beside_the_missing_one() -> None:
+    constants = {"EPOCH" if name == "EPOCHS" else name: value for name, value in vars(main_cnn).items()}
+    with pytest.raises(ValueError, match=r"^EPOCHS is missing; EPOCH is not a setting$"):
+        TrainingConfig.from_constants(constants)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hint"),
+    [
+        ("Fashionmnist", '(did you mean "FashionMNIST"?)'),
+        ("../picturess", f"(there is no folder {REPOSITORY.parent / 'picturess'})"),
+        ("/a\0b", "got '/a\\x00b'"),
+    ],
+)
+def test_the_message_on_a_wrong_data_set_has_what_is_wrong(dataset: str, hint: str) -> None:
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.from_constants(vars(main_cnn) | {"DATASET": dataset})
+    assert str(error.value).endswith(hint)
 
 
 KEY = "5ecre7" * 6 + "0123"
