@@ -754,8 +754,9 @@ def _describe_ignored(ignored: list[Path], root: Path) -> list[str]:
         return []
     named = [path for path in ignored if not _is_hidden(path.name)]
     example = f", for example {_shown(named[0], root)}" if named else ""
-    files = "1 file that is not a picture" if len(ignored) == 1 else f"{len(ignored):,} files that are not pictures"
-    return [f"Ignored: {files} in the folder of a class{example}."]
+    if len(ignored) == 1:
+        return [f"Ignored: 1 file that is not a picture{example}."]
+    return [f"Ignored: {len(ignored):,} files that are not pictures{example}."]
 
 
 def _shown(path: Path, root: Path) -> str:

@@ -34,7 +34,7 @@ class ConvolutionalNeuralNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flatten = nn.Flatten()  # unused, so that the network prints like the reference in the README
+        self.flatten = nn.Flatten()  # unused, so that the network prints like the reference
         self.conv_stack = nn.Sequential(
             nn.Conv2d(1, 32, kernel_size=3, padding=1, bias=False),  # 28 × 28
             nn.BatchNorm2d(32),

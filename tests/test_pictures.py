@@ -216,9 +216,7 @@ def test_files_that_are_no_pictures_are_counted_and_ignored(tiles: Path) -> None
         (tiles / name / "0.jpg").write_text("no picture")
     dataset = load(tiles)
     assert dataset.digest() == expected
-    assert dataset.notes == (
-        "Ignored: 4 files that are not pictures in the folder of a class, for example cat/Thumbs.db.",
-    )
+    assert dataset.notes == ("Ignored: 4 files that are not pictures, for example cat/Thumbs.db.",)
 
 
 def test_nested_folders_links_and_names_of_any_language(tmp_path: Path) -> None:

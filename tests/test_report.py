@@ -171,6 +171,12 @@ def test_labels_to_check_have_their_image_name_label_and_prediction(result: Expe
     assert make_report(result).count('<li><img src="data:image/png;base64,iVBORw0K') == 3
 
 
+@pytest.mark.parametrize("is_light_on_dark", [True, False])
+def test_caption_of_the_mistakes_says_that_they_are_inverted(result: ExperimentResult, is_light_on_dark: bool) -> None:
+    result.is_light_on_dark = is_light_on_dark
+    assert ("they are drawn dark on light" in section(make_report(result), "mistakes")) == is_light_on_dark
+
+
 def test_tiny_probability_of_a_label_is_shown_without_an_exponent(result: ExperimentResult) -> None:
     result.doubtful_labels[0].probability = 2.3e-8
     assert "label: Coat (< 0.01 %)" in text_of("<h2>" + section(make_report(result), "labels"))
@@ -203,7 +209,9 @@ def test_report_without_comparison_says_why(comparison: str, result: ExperimentR
 
 
 def test_report_shows_the_network_and_the_number_of_its_parameters(result: ExperimentResult) -> None:
-    assert section(make_report(result), "network").startswith("Network: 669,706 parameters</h2>\n<pre>NeuralNetwork()")
+    assert section(make_report(result), "network").startswith(
+        "Network: 669,706 trainable parameters</h2>\n<pre>NeuralNetwork()"
+    )
 
 
 def test_environment_table_leaves_out_what_is_empty(result: ExperimentResult) -> None:
