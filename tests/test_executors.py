@@ -92,6 +92,7 @@ def test_a_worker_has_its_own_session_which_ctrl_c_does_not_reach(pool: WorkerPr
     assert all(session == process != os.getsid(0) for session, process in sessions)
 
 
+@pytest.mark.slow
 def test_killing_an_idle_worker_costs_one_call(mortal_pool: WorkerProcesses) -> None:
     killed = mortal_pool.submit(os.getpid).result(timeout=30)
     os.kill(killed, signal.SIGKILL)
@@ -231,6 +232,7 @@ with WorkerProcesses(1) as pool:
 """
 
 
+@pytest.mark.slow
 def test_output_of_a_worker_goes_to_standard_error(tmp_path: Path) -> None:
     output, errors = start_python(tmp_path, "-c", TALK).communicate(timeout=30)
     assert (output, errors) == ("result\n", "from Python\nfrom C\nfrom a program\n")
@@ -287,6 +289,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     parent = start_python(tmp_path, "-c", PARENT)
     assert parent.stdout is not None
@@ -322,6 +325,7 @@ def test_the_serial_executor_computes_in_this_process_and_keeps_exceptions() -> 
         assert isinstance(pool.submit(int, "x").exception(), ValueError)
 
 
+@pytest.mark.slow
 def test_a_worker_that_could_not_be_replaced_is_replaced_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise OSError("no memory for a process")

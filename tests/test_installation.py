@@ -81,6 +81,7 @@ def make(checkout: Path, *arguments: str) -> tuple[str, dict[str, str]]:
     return run.stdout, {name: version.removesuffix(".dist") for name, version in installed}
 
 
+@pytest.mark.slow
 @on_linux
 def test_the_cpu_build_is_installed_once_if_its_index_is_reachable(checkout: Path, index: str) -> None:
     output, installed = make(checkout, f"CPU_INDEX={index}/cpu")
@@ -98,6 +99,7 @@ def test_an_unreachable_index_is_reported_in_one_line(checkout: Path) -> None:
     assert output.count("default build") == 1 and "Traceback" not in output and "WARNING" not in output
 
 
+@pytest.mark.slow
 @on_linux
 def test_both_packages_are_the_default_build_if_the_cpu_index_lacks_one(checkout: Path, index: str) -> None:
     output, installed = make(checkout, f"CPU_INDEX={index}/half")

@@ -54,6 +54,7 @@ def test_an_infinite_loss_ends_with_status_1_and_names_the_fits(start_script: St
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_missing_data_without_a_network_ends_with_status_1_within_30_seconds(
     start_script: Start, tmp_path: Path
 ) -> None:

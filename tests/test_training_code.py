@@ -297,6 +297,7 @@ def pretend_gpu() -> None:
     experiment.prepare.resolve_resources = lambda config: Resources("cpu", "float32", threads=3, workers=1)
 
 
+@pytest.mark.slow
 def test_device_and_precision_are_resolved_where_the_run_is_trained() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=pretend_gpu) as pool:
         experiment = prepare(NeuralNetwork, small_config(DEVICE="cuda", PRECISION="auto"), pool)
@@ -310,7 +311,7 @@ def test_a_device_that_the_training_process_lacks_is_one_line() -> None:
             prepare(NeuralNetwork, small_config(DEVICE="cuda"), pool)
 
 
-@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", *slow("OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0")])
+@pytest.mark.parametrize("variable", slow("OMP_PROC_BIND=true", "OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0"))
 def test_a_pinned_process_still_trains_two_fits_at_a_time(variable: str, tmp_path: Path) -> None:
     options = ["--dataset=Digits", "--folds=2", "--epochs=1000", "--wandb-mode=disabled", f"--runs-dir={tmp_path}"]
     command = ["env", variable, sys.executable, str(REPOSITORY / "main_tutorial.py"), *options]

@@ -107,6 +107,7 @@ def set_machine(patch: pytest.MonkeyPatch, cores: int, bfloat16_is_faster: bool)
     patch.setattr(resources, "_bfloat16_is_faster", lambda _device: bfloat16_is_faster)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_another_machine_with_the_same_bits(
     configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_run_is_resumed_on_another_machine_with_the_same_bits(
     assert computed(run_dir) == computed(undisturbed.run_dir)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_another_torch_version_is_named(
     unfinished: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:

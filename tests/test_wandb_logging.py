@@ -102,6 +102,7 @@ def lines_about_wandb(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if "W&B" in line]
 
 
+@pytest.mark.slow
 def test_printed_command_uploads_everything_of_an_offline_run(
     configure: Configure, server: WandbServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
