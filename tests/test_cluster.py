@@ -126,8 +126,11 @@ def assert_same_results(run_folder: Path, local: ExperimentResult) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_a_worker", [False, True], ids=["undisturbed", "worker killed"])
-@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize(
+    ("script", "kill_a_worker"),
+    [(main_tutorial, False), (main_cnn, True)],
+    ids=["main_tutorial-undisturbed", "main_cnn-worker killed"],
+)
 def test_dask_cluster_started_as_documented_gives_the_bits_of_a_local_run(
     script: ModuleType, kill_a_worker: bool, tmp_path: Path, configure: Configure
 ) -> None:
