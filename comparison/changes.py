@@ -114,7 +114,9 @@ def _layer_change(old: str, new: str) -> str:
     new_positional = [argument for argument in new_arguments if "=" not in argument]
     if len(positional) != len(new_positional):
         return f"{_shorten(old)} → {_shorten(new)}"
-    shown = [a if a == b else f"{a} → {b}" for a, b in zip(positional, new_positional, strict=True)]
+    shown = []
+    for argument, new_argument in zip(positional, new_positional, strict=True):
+        shown.append(argument if argument == new_argument else f"{argument} → {new_argument}")
     keywords, new_keywords = _keywords(arguments), _keywords(new_arguments)
     for name in keywords | new_keywords:
         value, new_value = keywords.get(name, "default"), new_keywords.get(name, "default")
@@ -133,8 +135,8 @@ def _split_layer(line: str) -> tuple[str, list[str]]:
 
 def _keywords(arguments: Sequence[str]) -> dict[str, str]:
     """Return the values of a printed layer's arguments that have a name; PyTorch prints some only if they are set."""
-    pairs = [argument.split("=", 1) for argument in arguments if "=" in argument]
-    return {name: value for name, value in pairs}
+    pairs = [argument.partition("=") for argument in arguments if "=" in argument]
+    return {name: value for name, _, value in pairs}
 
 
 def _without_defaults(arguments: Sequence[str]) -> list[str]:
