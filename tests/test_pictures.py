@@ -571,7 +571,7 @@ def test_a_pretrained_network_with_a_frozen_backbone_is_trained_and_resumed(
     (tmp_path / "frozen.py").write_text(FROZEN.format(folder=str(tmp_path)))
     finish(start_python(tmp_path, "frozen.py", "--epochs=1"))
     output, _ = finish(start_python(tmp_path, "frozen.py", "--epochs=2"))
-    assert "Frozen, 1,026 parameters" in output and "Compared with" in output and "EPOCHS 1 → 2" in output
+    assert "Frozen, 1,026 trainable parameters" in output and "Compared with" in output and "EPOCHS 1 → 2" in output
     models = [torch.load(path) for path in (tmp_path / "runs").glob("*/model.pt")]
     assert torch.equal(models[0]["backbone.conv1.weight"], models[1]["backbone.conv1.weight"])
     assert not torch.equal(models[0]["backbone.fc.weight"], models[1]["backbone.fc.weight"])
