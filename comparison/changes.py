@@ -103,17 +103,17 @@ def _layer_change(old: str, new: str) -> str:
         return f"added {_shorten(new)}"
     if not new:
         return f"removed {_shorten(old)}"
+    replaced = f"{_shorten(old)} → {_shorten(new)}"
     kind, arguments = _split_layer(old)
     new_kind, new_arguments = _split_layer(new)
     if kind != new_kind:
         shown = _without_defaults(arguments)
-        if shown and shown == _without_defaults(new_arguments):
-            return f"{kind} → {new_kind}({', '.join(shown)})"
-        return f"{_shorten(old)} → {_shorten(new)}"
+        has_same_arguments = shown and shown == _without_defaults(new_arguments)
+        return f"{kind} → {new_kind}({', '.join(shown)})" if has_same_arguments else replaced
     positional = [argument for argument in arguments if "=" not in argument]
     new_positional = [argument for argument in new_arguments if "=" not in argument]
     if len(positional) != len(new_positional):
-        return f"{_shorten(old)} → {_shorten(new)}"
+        return replaced
     shown = []
     for argument, new_argument in zip(positional, new_positional, strict=True):
         shown.append(argument if argument == new_argument else f"{argument} → {new_argument}")

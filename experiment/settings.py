@@ -208,10 +208,10 @@ def _dataset_hint(dataset: Any) -> str:
     """Return in parentheses what is wrong with the name of a data set: its spelling, or there is no such folder."""
     if not isinstance(dataset, (str, Path)) or not 0 < len(str(dataset)) <= MAX_SHOWN or "\0" in str(dataset):
         return ""
-    similar = get_close_matches(str(dataset).lower(), [name.lower() for name in CLASS_NAMES], n=1)
+    names = {name.lower(): name for name in CLASS_NAMES}
+    similar = get_close_matches(str(dataset).lower(), names, n=1)
     if similar:
-        name = next(name for name in CLASS_NAMES if name.lower() == similar[0])
-        return f' (did you mean "{name}"?)'
+        return f' (did you mean "{names[similar[0]]}"?)'
     with suppress(RuntimeError, OSError):  # "~name" of an unknown user
         return f" (there is no folder {_to_utf8(os.path.abspath(resolve_path(dataset)))})"
     return ""
