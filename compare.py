@@ -120,9 +120,9 @@ def _print_overview(names: list[str], arguments: argparse.Namespace) -> None:
         text = overview_of(baseline, others, arguments.runs_dir, history).text
     else:
         try:
-            text = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, arguments.baseline).text
+            text = overview_of_all(arguments.runs_dir, arguments.last or DEFAULT_LAST, chosen).text
         except ConfigurationError as error:
-            if page is None or arguments.baseline is not None or not run_folders(arguments.runs_dir):
+            if page is None or chosen is not None or not run_folders(arguments.runs_dir):
                 raise
             text = str(error)  # there is nothing to compare yet, but the page has a row for each run
     print_line(text)

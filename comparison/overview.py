@@ -21,7 +21,7 @@ from comparison.pair import (
     metrics_of,
     signed,
 )
-from comparison.run_reader import FinishedRun, display_path, find_run, read_runs, shortest_names
+from comparison.run_reader import FinishedRun, display_path, read_runs, shortest_names
 from comparison.statistics import MetricDifference, correct_together
 from experiment.errors import ConfigurationError
 from experiment.formatting import WIDTH, format_duration, wrap
@@ -116,7 +116,7 @@ class Overview:
         return " ".join(sentences)
 
 
-def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str | None = None) -> Overview:
+def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, chosen: FinishedRun | None = None) -> Overview:
     """Return the overview of the newest finished runs that are comparable with the baseline.
 
     Parameters
@@ -124,9 +124,8 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
     runs_dir : Path
     last : int
         How many runs are shown at most. The noise is estimated on all of them.
-    baseline_name : str, optional
-        See `find_run`. By default, the baseline is the oldest of the newest `last` runs that are comparable with the
-        newest.
+    chosen : FinishedRun, optional
+        The baseline. By default, it is the oldest of the newest `last` runs that are comparable with the newest.
 
     Raises
     ------
@@ -144,7 +143,7 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
         notes.append(f"Not shown: {count} in which fewer than two folds have a result.")
     if not usable:
         raise ConfigurationError("\n".join([f"There is no finished run in {where}.", *notes]))
-    reference = usable[0] if baseline_name is None else find_run(baseline_name, runs_dir)
+    reference = usable[0] if chosen is None else chosen
     group = [run for run in usable if comparable(reference, run)]
     others = Counter(run.identity.dataset for run in usable if run not in group)
     if others:
@@ -153,7 +152,7 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
         )
         notes.append(f"Not shown: runs whose folds consist of different images ({named}). Name runs to compare them.")
     shown = group[:last]
-    baseline = shown[-1] if baseline_name is None else reference
+    baseline = shown[-1] if chosen is None else chosen
     compared = [run for run in shown if run.path != baseline.path]
     if not compared:
         only = f"There is nothing in {where} to compare {display_path(reference.path)} with."
@@ -162,7 +161,7 @@ def overview_of_all(runs_dir: Path, last: int = DEFAULT_LAST, baseline_name: str
     if older:
         notes.insert(0, f"Not shown: {_count_runs(older)} before these (--last {len(group)} shows all).")
     choice = ""
-    if baseline_name is None:
+    if chosen is None:
         newest = f"the {last} newest" if older else f"{len(group)}"
         choice = f"the oldest of {newest} comparable runs in {where}"
     return overview_of(baseline, compared, runs_dir, group, choice, notes)

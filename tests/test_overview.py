@@ -189,7 +189,7 @@ def test_newest_twenty_runs_are_shown_against_the_oldest_of_them(tmp_path: Path)
 @pytest.mark.parametrize(("baseline", "rows"), [("19:00", 4), ("19:24", 3)])
 def test_baseline_can_be_named(baseline: str, rows: int, tmp_path: Path) -> None:
     make_many(tmp_path, 25)
-    overview = overview_of_all(tmp_path, last=3, baseline_name=baseline)
+    overview = overview_of_all(tmp_path, last=3, chosen=find_run(baseline, tmp_path))
     assert f"{overview.baseline.created:%H:%M}" == baseline and len(overview.rows) == rows
     shown = {row.run.path.name for row in overview.rows}
     assert shown >= {"N-20261126-192400", "N-20261126-192300", "N-20261126-192200"}
