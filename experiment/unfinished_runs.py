@@ -38,7 +38,11 @@ def find_unfinished(config: TrainingConfig, model_name: str) -> list[UnfinishedR
     """Return the unfinished runs of a network on the data set of a configuration, the newest first."""
     runs = []
     prefix = folder_prefix(config, model_name)
-    for path in sorted(resolve_path(config.runs_dir).glob("*/config.json"), key=_modification_time, reverse=True):
+    try:
+        paths = list(resolve_path(config.runs_dir).glob("*/config.json"))
+    except OSError:  # a name that is too long, for example; RunDirectory prints why it cannot be created
+        return []
+    for path in sorted(paths, key=_modification_time, reverse=True):
         if not path.parent.name.startswith(prefix) or (path.parent / "results.json").exists() or not path.is_file():
             continue
         try:
