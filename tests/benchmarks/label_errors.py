@@ -1,4 +1,4 @@
-"""Which ranking finds wrong labels: ``python tests/benchmarks/label_errors.py`` (see docs/results.md for the times).
+"""Which ranking finds wrong labels: ``python tests/benchmarks/label_errors.py`` (as long as main_cnn.py, or less).
 
 Gives some training images of Fashion-MNIST a wrong label and trains the folds of main_cnn.py on them. Each image is
 then evaluated by the network of the fold that holds it out, and all images are ranked by how doubtful their label is:
