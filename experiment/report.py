@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import statistics
 import sys
@@ -215,7 +216,7 @@ def index_at_end(experiment: Experiment) -> Iterator[None]:
         yield
     finally:
         runs_dir = resolve_path(experiment.config.runs_dir)
-        if runs_dir.is_dir():
+        if os.path.isdir(runs_dir):  # Path.is_dir raises if the name is too long
             with nonfatal("the page of all runs"):
                 write_index(runs_dir)
 

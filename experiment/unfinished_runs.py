@@ -1,6 +1,7 @@
 """Unfinished runs on disk, and which of them a run can resume."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,10 @@ def find_unfinished(config: TrainingConfig, model_name: str) -> list[UnfinishedR
     """Return the unfinished runs of a network on the data set of a configuration, the newest first."""
     runs = []
     prefix = folder_prefix(config, model_name)
-    try:
-        paths = list(resolve_path(config.runs_dir).glob("*/config.json"))
-    except OSError:  # a name that is too long, for example; RunDirectory prints why it cannot be created
+    runs_dir = resolve_path(config.runs_dir)
+    if not os.path.isdir(runs_dir):  # Path.is_dir raises if the name is too long
         return []
-    for path in sorted(paths, key=_modification_time, reverse=True):
+    for path in sorted(runs_dir.glob("*/config.json"), key=_modification_time, reverse=True):
         if not path.parent.name.startswith(prefix) or (path.parent / "results.json").exists() or not path.is_file():
             continue
         try:

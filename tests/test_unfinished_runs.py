@@ -88,10 +88,6 @@ def test_unfinished_runs_are_found_from_the_newest_to_the_oldest(tmp_path: Path)
     assert [(run.path.name, run.wandb_id) for run in runs] == [("Net-Digits-2", "1"), ("Net-Digits-1", "0")]
 
 
-def test_a_folder_that_cannot_exist_has_no_unfinished_runs() -> None:
-    assert find_unfinished(make_config(RUNS_DIR="n" * 256), "Net") == []
-
-
 def interrupt_after(checkpoints: int, patch: pytest.MonkeyPatch) -> None:
     """Let the next run be interrupted when it has saved a number of checkpoints."""
     save = RunDirectory.save_checkpoint
