@@ -8,6 +8,7 @@ dark background: for a network that was trained on these, a dark object on a lig
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -149,7 +150,7 @@ def find_pictures_in(path: Path) -> list[Path]:
     """
     from data_files import pictures_below
 
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises if the name is too long
         return [path]
     found = pictures_below(path)
     if not found:
@@ -203,14 +204,15 @@ def load_network(run: FinishedRun, network: str | None = None) -> TrainedNetwork
     """
     import torch
 
-    from experiment.model_check import is_same_network
+    from experiment.model_check import build_module, check_callable, is_same_network
     from train_utils import build_network
 
     where = relative_to_cwd(run.path)
     recorded = run.identity.network
     model_class = _class_in_models(recorded.name) if network is None else _class_in_file(network)
     image_shape = run.identity.image_shape
-    built = build_network(model_class, torch.device("cpu"), image_shape)
+    check_callable(model_class)
+    built = build_network(functools.partial(build_module, model_class), torch.device("cpu"), image_shape)
     try:
         built.load_state_dict(torch.load(run.path / "model.pt", weights_only=True))
     except FileNotFoundError:

@@ -23,6 +23,7 @@ partly due to chance. The test images are not used: after choosing a run by them
 """
 
 import argparse
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def _read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline",
         metavar="RUN",
-        help="the run that all others are compared with, also on the page (default: the oldest)",
+        help="the run that all others are compared with, also on the page of its folder (default: the oldest)",
     )
     parser.add_argument(
         "--last",
@@ -134,7 +135,7 @@ def _write_index(runs_dir: Path, baseline: "FinishedRun | None") -> Path | None:
     """Write the page of all runs and return its path; None if there is no folder, or if it cannot be written."""
     from comparison.index import write_index
 
-    if not runs_dir.is_dir():
+    if not os.path.isdir(runs_dir):  # Path.is_dir raises if the name is too long
         return None
     page = None
     with nonfatal("the page of all runs"):

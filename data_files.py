@@ -749,14 +749,19 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _describe_ignored(ignored: list[Path], root: Path) -> list[str]:
-    """Return one sentence on the files that are not used; hidden files are counted but not named."""
-    if not ignored:
-        return []
-    named = [path for path in ignored if not _is_hidden(path.name)]
-    example = f", for example {_shown(named[0], root)}" if named else ""
-    if len(ignored) == 1:
-        return [f"Ignored: 1 file that is not a picture{example}."]
-    return [f"Ignored: {len(ignored):,} files that are not pictures{example}."]
+    """Return sentences on the files that are not used; hidden files are counted but not named."""
+    sentences = []
+    pictures = [path for path in ignored if _is_picture(path)]
+    others = [path for path in ignored if not _is_picture(path)]
+    if pictures:
+        count = "1 picture that is" if len(pictures) == 1 else f"{len(pictures):,} pictures that are"
+        sentences.append(f"Ignored: {count} in no class's folder, for example {_shown(pictures[0], root)}.")
+    if others:
+        count = "1 file that is not a picture" if len(others) == 1 else f"{len(others):,} files that are not pictures"
+        named = [path for path in others if not _is_hidden(path.name)]
+        example = f", for example {_shown(named[0], root)}" if named else ""
+        sentences.append(f"Ignored: {count}{example}.")
+    return sentences
 
 
 def _shown(path: Path, root: Path) -> str:

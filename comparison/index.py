@@ -142,7 +142,7 @@ def _group(
     usable = [run for run in runs if len(run.folds) >= 2]
     baseline = usable[-1] if usable else None
     if chosen is not None:
-        baseline = next((run for run in usable if run.path.samefile(chosen.path)), baseline)
+        baseline = next((run for run in usable if run.path == chosen.path), baseline)
     compared: dict[Path, PairComparison] = {}
     explanation = "No run here has a result in two folds yet."
     if baseline is not None:

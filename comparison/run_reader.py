@@ -230,6 +230,8 @@ def time_in_name(name: str) -> datetime | None:
 
 
 def _subfolders(folder: Path) -> list[Path]:
+    if not os.path.isdir(folder):  # glob raises if the name is too long
+        return []
     return [path for path in sorted(folder.glob("*")) if os.path.isdir(path)]
 
 

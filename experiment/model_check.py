@@ -82,7 +82,7 @@ def check_model(
         What the network itself raises, with the user's own line as the last one of the traceback.
     """
     check_logits = functools.partial(_check_logits, classes=classes, dataset=dataset)
-    build = functools.partial(_build, model_class)
+    build = functools.partial(build_module, model_class)
     try:
         with isolated_rng(torch.get_num_threads(), FINGERPRINT_SEED, torch.device(device)):
             first = build_network(build, CPU, image_shape)
@@ -146,7 +146,7 @@ def check_callable(model_class: Callable[[], nn.Module]) -> None:
         ) from None
 
 
-def _build(model_class: Callable[[], nn.Module]) -> nn.Module:
+def build_module(model_class: Callable[[], nn.Module]) -> nn.Module:
     """Return a network; raise a ConfigurationError if it is none, or if PyTorch cannot train it on the images."""
     network: Any = model_class()
     _check_defaults()

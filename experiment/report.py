@@ -442,7 +442,7 @@ def _figures_content(result: ExperimentResult, figures: Mapping[str, bytes]) -> 
     content = []
     for name, (heading, description, caption) in FIGURES.items():
         if name in figures:
-            if name == "mistakes.png" and result.is_light_on_dark:
+            if name == "mistakes.png" and result.is_light_on_dark and result.mistakes:
                 caption += " The images are light on dark; they are drawn dark on light."
             alt = f"{description}. {_figure_summary(name, result)}"
             figure_id = name.removesuffix(".png")

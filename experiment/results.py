@@ -96,7 +96,7 @@ class ExperimentResult:
     doubtful_labels : list of DoubtfulLabel
         Of training images, the least probable label first.
     is_light_on_dark : bool
-        Whether the background of most training images is dark.
+        Whether the training images are grey and the background of most is dark.
     environment : dict
         Time, machine, versions and W&B's ids.
     run_dir : Path
@@ -175,6 +175,7 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
         mistakes = _find_mistakes(dataset.test_images, labels, probabilities, dataset.class_names)
     predictions = collect_predictions(experiment.fits, checkpoints)
     seconds = time.monotonic() - experiment.started
+    is_grey = dataset.train_images.dim() == 3
     return ExperimentResult(
         config=experiment.config.to_dict(),
         folds=list(fits.values()),
@@ -183,7 +184,7 @@ def make_result(experiment: Experiment, checkpoints: dict[str, Checkpoint], fold
         mistakes=mistakes,
         predictions=predictions,
         doubtful_labels=find_doubtful_labels(predictions, dataset),
-        is_light_on_dark=light_background_share(dataset.train_images) < 0.5,
+        is_light_on_dark=is_grey and light_background_share(dataset.train_images) < 0.5,
         environment=experiment.environment | {"seconds": seconds, "resumed": folder.resumed},
         run_dir=folder.path,
     )

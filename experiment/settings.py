@@ -188,6 +188,8 @@ def _error_line(error: Any) -> str:
     if name not in config_fields():
         return f"{name.upper()} is not a setting"
     found = repr(error["input"])
+    if re.fullmatch(LOOKS_LIKE_KEY, str(error["input"]).strip()):
+        return f"{name.upper()} must be {config_fields()[name].description}, got what looks like an API key"
     if len(found) > MAX_SHOWN:
         found = f"{found[: MAX_SHOWN - 3]}…"
     hint = _dataset_hint(error["input"]) if name == "dataset" else ""
@@ -210,7 +212,7 @@ def _dataset_hint(dataset: Any) -> str:
         return ""
     names = {name.lower(): name for name in CLASS_NAMES}
     similar = get_close_matches(str(dataset).lower(), names, n=1)
-    if similar:
+    if similar and os.sep not in str(dataset):
         return f' (did you mean "{names[similar[0]]}"?)'
     with suppress(RuntimeError, OSError):  # "~name" of an unknown user
         return f" (there is no folder {_to_utf8(os.path.abspath(resolve_path(dataset)))})"

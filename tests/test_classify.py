@@ -265,12 +265,13 @@ def test_network_outside_models_py_needs_its_file(
     [
         ("missing.py:Own", "--network must be file.py:Class with an existing file, got 'missing.py:Own'"),
         ("own.py:Other", "own.py has no Other"),
+        ("own.py:width", "the network must be built without arguments"),
+        ("own.py:nothing", "the function that builds the network must return an nn.Module, got NoneType"),
+        ("own.py:built", "got a Own that is already built"),
     ],
 )
-def test_missing_file_or_class_of_a_network_is_one_line(
-    network: str, message: str, error_line: Callable[..., str]
-) -> None:
-    Path("own.py").write_text(OWN)
+def test_name_that_is_no_network_is_one_line(network: str, message: str, error_line: Callable[..., str]) -> None:
+    Path("own.py").write_text(f"{OWN}def nothing():\n    pass\n\ndef width(number):\n    pass\n\nbuilt = Own()\n")
     assert message in error_line("digit.png", "--network", network)
 
 

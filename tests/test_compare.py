@@ -110,6 +110,7 @@ def test_last_and_baseline_choose_what_is_shown(command: Run, before: Path) -> N
     assert "19:01 " not in output and "3 runs before these (--last 5 shows all)" in output.replace("\n", " ")
     output, status = command("--last", "2", "--baseline", "before")
     assert status == 0 and output.startswith("Baseline: runs/before\n") and "19:02 " in output and "19:03 " in output
+    assert "Baseline: before." in (before.parent / "index.html").read_text()
     output, status = command("19:01", "--baseline", "runs/before")
     assert status == 0 and output.startswith("runs/N-20261126-190100\nCompared with runs/before\n")
     output, status = command("--baseline", "nowhere")

@@ -219,6 +219,11 @@ def test_files_that_are_no_pictures_are_counted_and_ignored(tiles: Path) -> None
     assert dataset.notes == ("Ignored: 4 files that are not pictures, for example cat/Thumbs.db.",)
 
 
+def test_pictures_beside_the_class_folders_are_counted_as_pictures(tiles: Path) -> None:
+    shutil.copy(next((tiles / "cat").iterdir()), tiles / "extra.png")
+    assert load(tiles).notes == ("Ignored: 1 picture that is in no class's folder, for example extra.png.",)
+
+
 def test_nested_folders_links_and_names_of_any_language(tmp_path: Path) -> None:
     folder = write_tiles(tmp_path / "names", **{"Äpfel": 4, "犬": 3})
     shutil.move(folder / "犬", tmp_path / "elsewhere")

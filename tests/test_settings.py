@@ -252,10 +252,10 @@ def test_settings_can_be_written_as_json_even_with_undecodable_folder_names() ->
     assert (content["data_dir"], content["runs_dir"]) == ("br\\udcfcder", "runs")
 
 
-@pytest.mark.parametrize(("length", "shown"), [(78, "'" + 78 * "x" + "'"), (79, "'" + 76 * "x" + "…")])
+@pytest.mark.parametrize(("length", "shown"), [(78, "'" + 78 * "." + "'"), (79, "'" + 76 * "." + "…")])
 def test_a_long_value_is_shortened_in_the_message(length: int, shown: str) -> None:
     with pytest.raises(ValueError) as error:
-        TrainingConfig.from_constants(vars(main_cnn) | {"DEVICE": length * "x"})
+        TrainingConfig.from_constants(vars(main_cnn) | {"DEVICE": length * "."})
     assert str(error.value).endswith(f'"auto", got {shown}')
 
 
@@ -276,6 +276,7 @@ def test_a_misspelled_constant_is_named_beside_the_missing_one() -> None:
     [
         ("Fashionmnist", '(did you mean "FashionMNIST"?)'),
         ("../picturess", f"(there is no folder {REPOSITORY.parent / 'picturess'})"),
+        ("./digitss", f"(there is no folder {REPOSITORY / 'digitss'})"),
         ("/a\0b", "got '/a\\x00b'"),
     ],
 )
@@ -292,6 +293,13 @@ def test_a_key_in_the_place_of_its_path_is_refused_without_being_repeated() -> N
     with pytest.raises(ValueError, match="WANDB_API_KEY_PATH must be the path of a file") as error:
         TrainingConfig.from_constants(vars(main_cnn) | {"WANDB_API_KEY_PATH": KEY, "EPOCHS": 0})
     assert KEY not in str(error.value) and "EPOCHS must be" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["DATASET", "DEVICE", "WANDB_MODE"])
+def test_a_key_in_another_constant_is_not_repeated(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got what looks like an API key$") as error:
+        TrainingConfig.from_constants(vars(main_cnn) | {name: KEY})
+    assert KEY not in str(error.value)
 
 
 def test_a_key_on_the_command_line_is_not_repeated(
