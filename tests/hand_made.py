@@ -117,7 +117,9 @@ def make_evaluation(loss: float, predictions: Predictions) -> tuple[float, Tenso
 
 
 def make_hand_made_result(
-    test_predictions: Predictions = TEST_PREDICTIONS, failures: dict[str, str] | None = None
+    test_predictions: Predictions = TEST_PREDICTIONS,
+    failures: dict[str, str] | None = None,
+    black_images: tuple[int, ...] | None = None,
 ) -> ExperimentResult:
     """Return the result of the run, computed by `make_result`.
 
@@ -126,6 +128,8 @@ def make_hand_made_result(
     test_predictions : list of tuple
     failures : dict, optional
         A sentence for each fit that diverged, by name.
+    black_images : tuple of int, optional
+        The shape of black training images that replace the others.
     """
     evaluations = {
         "final": make_evaluation(0.9, test_predictions),
@@ -138,7 +142,11 @@ def make_hand_made_result(
     for name, failure in (failures or {}).items():
         checkpoints[name] |= {"evaluation": None, "failure": failure}
     folder: Any = SimpleNamespace(path=RUN_DIR, resumed=False)
-    result = make_result(make_experiment(test_predictions=test_predictions), checkpoints, folder)
+    experiment = make_experiment(test_predictions=test_predictions)
+    if black_images is not None:
+        images = torch.zeros(len(experiment.dataset.train_labels), *black_images, dtype=torch.uint8)
+        experiment.dataset = experiment.dataset._replace(train_images=images)
+    result = make_result(experiment, checkpoints, folder)
     result.environment["wandb_run_ids"] = {}  # added by `publish`
     return result
 

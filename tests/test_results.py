@@ -84,6 +84,11 @@ def test_class_without_test_images_keeps_its_row() -> None:
     assert final.classes == CLASSES and final.confusion[CLASSES.index("Shirt")] == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("shape", "expected"), [((28, 28), True), ((3, 28, 28), False)])
+def test_only_grey_images_are_drawn_dark_on_light(shape: tuple[int, ...], expected: bool) -> None:
+    assert make_hand_made_result(black_images=shape).is_light_on_dark == expected
+
+
 def test_class_that_is_never_predicted_has_zeros_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     final = make_hand_made_result([(COAT, COAT, 0.9), (SHIRT, COAT, 0.9), (BAG, COAT, 0.9)]).final
     assert final is not None
