@@ -77,8 +77,19 @@ def _refuse_tensor(value: Any) -> Any:
     return value
 
 
+def _refuse_key_as_name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]{40}|wandb_v1_\w+", name):  # the two kinds of W&B's keys
+        raise ValueError
+    return name
+
+
 StrOrPath = Annotated[str, Strict()] | Annotated[Path, Strict()]
 PathSetting = Annotated[StrOrPath, Field(description="a path"), AfterValidator(_check_path)]
+ProjectNameSetting = Annotated[
+    str,
+    Field(pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"),
+    AfterValidator(_refuse_key_as_name),
+]
 ImageShapeSetting = Annotated[
     tuple[int, int, int],
     PlainValidator(_check_image_shape),
@@ -125,9 +136,7 @@ class TrainingConfig:
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
         description='"auto", "online", "offline" or "disabled"'
     )
-    wandb_project_name: str = Field(
-        pattern=r"^[^/\\#?%:]{1,128}$", strict=True, description="1 to 128 characters, none of them / \\ # ? % :"
-    )
+    wandb_project_name: ProjectNameSetting
     wandb_api_key_path: Annotated[PathSetting, AfterValidator(_refuse_key)]
     data_dir: PathSetting
     runs_dir: PathSetting

@@ -295,7 +295,7 @@ def test_a_key_in_the_place_of_its_path_is_refused_without_being_repeated() -> N
     assert KEY not in str(error.value) and "EPOCHS must be" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["DATASET", "DEVICE", "WANDB_MODE"])
+@pytest.mark.parametrize("name", ["DATASET", "DEVICE", "WANDB_MODE", "WANDB_PROJECT_NAME"])
 def test_a_key_in_another_constant_is_not_repeated(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be .*, got what looks like an API key$") as error:
         TrainingConfig.from_constants(vars(main_cnn) | {name: KEY})
