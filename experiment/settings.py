@@ -210,8 +210,10 @@ def _with_spelling(message: str, constants: Mapping[str, Any]) -> str:
     unknown = [name for name in constants if name.isupper() and name.lower() not in config_fields()]
     lines = []
     for line in message.splitlines():
-        similar = get_close_matches(line.removesuffix(" is missing"), unknown, n=1)
-        lines.append(f"{line}; {similar[0]} is not a setting" if similar and line.endswith(" is missing") else line)
+        if line.endswith(" is missing"):
+            for similar in get_close_matches(line.removesuffix(" is missing"), unknown, n=1):
+                line = f"{line}; {similar} is not a setting"
+        lines.append(line)
     return "\n".join(lines)
 
 
