@@ -124,9 +124,9 @@ def test_importing_the_scripts_changes_nothing_and_loads_no_library_that_only_a_
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("module", ["compare", "classify"])
-def test_a_command_loads_torch_only_when_it_is_needed(module: str) -> None:
-    run = run_code(f"import sys, {module}; print(*({{'torch', 'matplotlib'}} & set(sys.modules)))")
+@pytest.mark.parametrize("imported", ["compare", "classify", ", ".join(f"comparison.{name}" for name in COMPARISON)])
+def test_a_command_loads_torch_only_when_it_is_needed(imported: str) -> None:
+    run = run_code(f"import sys, {imported}; print(*({{'torch', 'matplotlib'}} & set(sys.modules)))")
     assert (run.stdout.strip(), run.stderr) == ("", "")
 
 
