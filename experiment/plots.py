@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from experiment.charts import LOG_SCALE_RATIO
+from experiment.errors import nonfatal
 from experiment.formatting import display_name
 
 if TYPE_CHECKING:
@@ -20,30 +24,35 @@ if TYPE_CHECKING:
     from experiment.results import ExperimentResult, FitResult, History
 
 CAPTION_WIDTH = 31  # characters above a picture; longer lines would cover the next caption
+MAX_NAMED_CLASSES = 40  # of the confusion matrix, which grows up to this number; more classes have smaller cells
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour vision (Okabe and Ito, 2008)
 
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
-    """Return the figures of a run as PNG files, by file name."""
-    return {name: png_bytes(figure) for name, figure in make_figures(result).items()}
+    """Return the figures of a run as PNG files, by file name; one that cannot be drawn costs one line."""
+    figures = {}
+    for name, draw in figure_functions(result).items():
+        with nonfatal(name):
+            figures[name] = png_bytes(draw())
+    return figures
 
 
-def make_figures(result: ExperimentResult) -> dict[str, Figure]:
-    """Return the figures of a run, by file name.
+def figure_functions(result: ExperimentResult) -> dict[str, Callable[[], Figure]]:
+    """Return the functions that draw the figures of a run, by file name.
 
     The learning curves need at least one fold that did not diverge, the other figures need the final fit.
     """
-    figures = {}
+    functions: dict[str, Callable[[], Figure]] = {}
     if result.folds:
         histories = {fold.name: fold.history for fold in result.folds}
         if result.final:
             histories["final"] = result.final.history
-        figures["learning_curves.png"] = draw_learning_curves(histories)
+        functions["learning_curves.png"] = partial(draw_learning_curves, histories)
     if result.final:
-        figures["per_class.png"] = _draw_f1_per_class(result.folds, result.final)
-        figures["confusion_matrix.png"] = _draw_confusion_matrix(result.final)
-        figures["mistakes.png"] = _draw_mistakes(result)
-    return figures
+        functions["per_class.png"] = partial(_draw_f1_per_class, result.folds, result.final)
+        functions["confusion_matrix.png"] = partial(_draw_confusion_matrix, result.final)
+        functions["mistakes.png"] = partial(_draw_mistakes, result)
+    return functions
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -136,26 +145,36 @@ def _draw_f1_per_class(folds: list[FitResult], final: FitResult) -> Figure:
 
 
 def _draw_confusion_matrix(final: FitResult) -> Figure:
+    """Draw the confusion matrix: with many classes without numbers in the cells, and only some classes named."""
     counts = np.array(final.confusion)
     images_per_class = counts.sum(1, keepdims=True).clip(min=1)  # 1 avoids 0/0 for a class without test images
     percentages = 100 * counts / images_per_class
-    size = max(9, 0.4 * len(counts))
+    size = max(9, 0.4 * min(len(counts), MAX_NAMED_CLASSES))
     figure = new_figure(size + 1, size)
     panel = figure.subplots()
     image = panel.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
+    title = "Confusion matrix: percentages of the true class"
+    if len(counts) <= MAX_NAMED_CLASSES:
+        title = "Confusion matrix: numbers of test images, and percentages of the true class"
+        _write_cells(panel, counts, percentages)
+    step = math.ceil(len(counts) / MAX_NAMED_CLASSES)
+    named = range(0, len(counts), step)
+    names = [display_name(final.classes[place]) for place in named]
+    panel.set_xticks(named, names, rotation=45, ha="right")
+    panel.set_yticks(named, names)
+    panel.set(xlabel="predicted class", ylabel="true class", title=title)
+    figure.colorbar(image, label="percentage of the true class", shrink=0.8)
+    return figure
+
+
+def _write_cells(panel: Axes, counts: npt.NDArray[np.int64], percentages: npt.NDArray[np.float64]) -> None:
+    """Write the number of images and their percentage into each cell that has images."""
     for (row, column), count in np.ndenumerate(counts):
         if count:
             percentage = percentages[row, column]
             color = "white" if percentage > 50 else "black"
             cell = f"{count}\n{percentage:.1f} %"
             panel.text(column, row, cell, color=color, ha="center", va="center", fontsize=8)
-    names = [display_name(name) for name in final.classes]
-    panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    panel.set_yticks(range(len(names)), names)
-    panel.set(xlabel="predicted class", ylabel="true class")
-    panel.set_title("Confusion matrix: numbers of test images, and percentages of the true class")
-    figure.colorbar(image, label="percentage of the true class", shrink=0.8)
-    return figure
 
 
 def _draw_mistakes(result: ExperimentResult) -> Figure:

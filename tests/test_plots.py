@@ -9,7 +9,8 @@ import pytest
 from hand_made import BAG, FIGURES, HISTORIES, SHIRT, make_hand_made_result
 from PIL import Image
 
-from experiment.plots import BLUE, ORANGE, draw_figures, draw_learning_curves, make_figures, png_bytes
+from experiment import plots
+from experiment.plots import BLUE, ORANGE, draw_figures, draw_learning_curves, figure_functions, png_bytes
 from experiment.results import ExperimentResult
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 @pytest.fixture
 def result() -> ExperimentResult:
     return make_hand_made_result()
+
+
+def make_figures(result: ExperimentResult) -> dict[str, "Figure"]:
+    return {name: draw() for name, draw in figure_functions(result).items()}
 
 
 @pytest.fixture
@@ -42,6 +47,17 @@ def test_diverged_fits_leave_out_the_figures_that_need_them(result: ExperimentRe
     assert list(make_figures(without_final)) == ["learning_curves.png"]
     assert tuple(make_figures(replace(result, folds=[]))) == FIGURES[1:]
     assert make_figures(replace(without_final, folds=[])) == {}
+
+
+def test_figure_that_cannot_be_drawn_costs_one_line_and_the_others_are_drawn(
+    result: ExperimentResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(plots, "_draw_confusion_matrix", fail)
+    assert tuple(draw_figures(result)) == tuple(name for name in FIGURES if name != "confusion_matrix.png")
+    assert capsys.readouterr().err == "Without confusion_matrix.png: MemoryError: no memory\n"
 
 
 @pytest.mark.parametrize("name", ["learning_curves.png", "per_class.png"])
@@ -196,6 +212,22 @@ def test_cells_show_numbers_and_percentages_in_white_on_dark_cells(figures: dict
         (1, 1): ("3\n75.0 %", "white"),
         (2, 2): ("2\n100.0 %", "white"),
     }
+
+
+@pytest.mark.parametrize(("classes", "cells", "step"), [(40, 40, 1), (41, 0, 2), (200, 0, 5)])
+def test_confusion_matrix_of_many_classes_is_no_larger_and_names_some_of_them(
+    classes: int, cells: int, step: int, result: ExperimentResult
+) -> None:
+    assert result.final is not None
+    names = [f"class-{number}" for number in range(classes)]
+    report = dict.fromkeys(names, result.final.report["Coat"])
+    final = replace(result.final, report=report, confusion=np.eye(classes, dtype=int).tolist())
+    figure = figure_functions(replace(result, final=final))["confusion_matrix.png"]()
+    panel = figure.axes[0]
+    assert figure.get_size_inches().tolist() == [17, 16]
+    assert len(panel.texts) == cells and ("numbers of test images" in panel.get_title()) == bool(cells)
+    for labels in (panel.get_yticklabels(), panel.get_xticklabels()):
+        assert [label.get_text() for label in labels] == names[::step]
 
 
 # The mistakes
