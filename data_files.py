@@ -358,17 +358,24 @@ def _download_advice(name: str) -> str:
 
 
 def _load_resized(name: str, data_dir: Path, image_shape: ImageShape) -> Dataset:
-    """Return a data set by name with its images resized to a shape, which is done once."""
-    path = data_dir / "decoded" / f"{name}-{_shape_name(image_shape)}.npy"
-    dataset = _read_decoded(path)
-    if dataset is not None:
-        return dataset
-    native = _load_cifar10(data_dir) if name == "CIFAR10" else _load_idx_files(name, data_dir)
+    """Return a data set by name with its images resized to a shape, which is done again only after its files change."""
+    folder, stem = data_dir / "decoded", f"{name}-{_shape_name(image_shape)}"
+    if name == "CIFAR10":  # torchvision refuses files of another content
+        path = folder / f"{stem}.npy"
+        return _read_decoded(path) or _write_resized(name, _load_cifar10(data_dir), path, path.name, image_shape)
+    native = _load_idx_files(name, data_dir)
+    prefix = f"{stem}-idx-"  # not that of a folder of pictures with the same name
+    path = folder / f"{prefix}{native.digest()[:16]}.npy"
+    return _read_decoded(path) or _write_resized(name, native, path, prefix, image_shape)
+
+
+def _write_resized(name: str, native: Dataset, path: Path, prefix: str, image_shape: ImageShape) -> Dataset:
+    """Write the images of a data set, resized to a shape, into a file; return the data set that it contains."""
     images = itertools.chain(native.train_images.numpy(), native.test_images.numpy())
     jobs = [partial(_resize, each, image_shape) for each in images]
     labels = torch.cat([native.train_labels, native.test_labels]).tolist()
     contents = _Contents(len(native.train_labels), labels, native.class_names, (), native.digest())
-    return _write_decoded(path, path.name, jobs, contents, image_shape, f"resizing {name}")
+    return _write_decoded(path, prefix, jobs, contents, image_shape, f"resizing {name}")
 
 
 def _resize(image: np.ndarray, image_shape: ImageShape) -> np.ndarray:

@@ -257,11 +257,12 @@ def test_a_picture_in_lab_colours_is_decoded(shape: tuple[int, int, int], tmp_pa
 
 
 def test_images_of_another_shape_stay_when_a_data_set_is_resized(tmp_path: Path) -> None:
+    key = load_dataset("Digits", tmp_path).digest()[:16]
     for shape in ((1, 10, 100), (1, 10, 10)):
         load_dataset("Digits", tmp_path, shape)
     assert sorted(path.name for path in (tmp_path / "decoded").glob("*.npy")) == [
-        "Digits-1x10x10.npy",
-        "Digits-1x10x100.npy",
+        f"Digits-1x10x10-idx-{key}.npy",
+        f"Digits-1x10x100-idx-{key}.npy",
     ]
 
 
@@ -414,6 +415,22 @@ def test_a_data_set_by_name_is_brought_to_another_shape(tmp_path: Path) -> None:
     small = torch.nn.functional.adaptive_avg_pool2d(large.test_images[:, :, :, 4:36].float(), 4)
     expected = torch.nn.functional.adaptive_avg_pool2d(native.test_images.unsqueeze(1).float(), 4)
     assert (small - expected).abs().mean() < 5
+
+
+def test_a_data_set_by_name_is_resized_again_after_its_files_change(tiles: Path) -> None:
+    data_dir, shape = tiles.parent / "data", (1, 10, 10)
+    shutil.copytree(DATA_DIR / "Digits", data_dir / "Digits")
+    load(tiles.rename(tiles.with_name("Digits")), shape)  # a folder of pictures with the same name
+    before = load_dataset("Digits", data_dir, shape)
+    path = data_dir / "Digits" / "raw" / data_files.TRAIN_IMAGES
+    path.write_bytes(path.read_bytes()[:-784] + bytes(784))
+    after = load_dataset("Digits", data_dir, shape)
+    assert not after.train_images[-1].any() and torch.equal(after.train_images[:-1], before.train_images[:-1])
+    assert len(list((data_dir / "decoded").glob("Digits-1x10x10-*.npy"))) == 2
+    cached = cached_dataset("Digits", data_dir, after.digest(), shape)
+    assert torch.equal(cached.train_images, after.train_images)
+    with pytest.raises(DatasetError, match="is not the data set that this run was started with"):
+        cached_dataset("Digits", data_dir, before.digest(), shape)
 
 
 @pytest.fixture
