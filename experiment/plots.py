@@ -94,7 +94,7 @@ def _draw_metric(panel: Axes, histories: dict[str, History], metric: str, unit: 
         ("train", BLUE, "mean: training (measured during the epoch)"),
         ("validation", ORANGE, "mean: validation (images held out)"),
     ):
-        curves = [[epoch[f"{part}/{metric}"] for epoch in history] for history in folds]
+        curves = [[epoch.get(f"{part}/{metric}", math.nan) for epoch in history] for history in folds]
         for number, curve in enumerate(curves):
             label = "each fold" if number == 0 and part == "train" else None  # one entry in the legend
             epochs = range(1, len(curve) + 1)

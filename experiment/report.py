@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -118,7 +118,8 @@ class Report:
         begin = time.monotonic()
         self._write_index()
         self._index_budget = _Budget(INDEX_SHARE, time.monotonic() - begin)
-        print_line(f"Report, which shows the progress: {relative_to_cwd(self._folder.path / NAME)}")
+        if not self._failed:
+            print_line(f"Report, which shows the progress: {relative_to_cwd(self._folder.path / NAME)}")
         return self
 
     def begin(self, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -163,8 +164,8 @@ class Report:
             write_index(self._folder.path.parent)
             self._index_failed = False
 
-    def finish(self, result: ExperimentResult, comparison: PairComparison | str, figures: Mapping[str, bytes]) -> None:
-        """Write the complete report.
+    def finish(self, result: ExperimentResult, comparison: PairComparison | str, figures: Mapping[str, bytes]) -> bool:
+        """Write the complete report; return whether that was possible.
 
         Parameters
         ----------
@@ -176,6 +177,8 @@ class Report:
         """
         with nonfatal(NAME):
             self._save(report_page(result, self._experiment, comparison, figures))
+            return True
+        return False
 
     def __exit__(self, exception_type: type[BaseException] | None, exception: BaseException | None, _: object) -> None:
         """After an error or an interruption, show which, and how to resume the run."""
@@ -510,14 +513,20 @@ def _epoch_table(result: ExperimentResult) -> dict[str, list[Any]]:
     histories = [fold.history for fold in result.folds]
     standard = {"train/loss": "training loss", "train/accuracy": "training accuracy"}
     standard |= {"validation/loss": "validation loss", "validation/accuracy": "validation accuracy"}
-    recorded = list(histories[0][0]) if histories else []
+    recorded = dict.fromkeys(name for history in histories for epoch in history for name in epoch)
     own = {name: name for name in recorded if name not in {"epoch", "learning_rate", *standard}}
     columns = standard | own
     rows = []
     for epochs in zip(*histories, strict=True):
-        means = [format_metric(statistics.fmean(epoch[name] for epoch in epochs)) for name in columns]
+        means = [_mean_of_epoch(epochs, name) for name in columns]
         rows.append([f"{epochs[0]['epoch']}", *means])
     return {"columns": ["epoch", *columns.values()], "rows": rows}
+
+
+def _mean_of_epoch(epochs: Sequence[Mapping[str, float]], name: str) -> str:
+    """Return the mean of a metric over the folds that have it in an epoch, or a dash if none has."""
+    values = [epoch[name] for epoch in epochs if name in epoch]
+    return format_metric(statistics.fmean(values)) if values else "–"
 
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

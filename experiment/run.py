@@ -83,7 +83,7 @@ def publish(
     for name, content in figures.items():
         folder.save(name, content)
     folder.save("predictions.csv", predictions_csv(result.predictions, experiment.dataset))
-    report.finish(result, comparison, figures)
+    has_report = report.finish(result, comparison, figures)
 
     print_line(f"\n{folds_table(result)}")
     if result.final:
@@ -94,7 +94,8 @@ def publish(
     command = runs.upload_command()
     if command:
         print_line(f"\nW&B: upload the runs with\n  {command}")
-    print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.html')}")
+    if has_report:
+        print_line(f"\nReport, with pictures: {relative_to_cwd(folder.path / 'report.html')}")
     if comparison:
         print_line(f"\n{comparison if isinstance(comparison, str) else comparison.text}")
 

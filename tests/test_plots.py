@@ -134,6 +134,15 @@ def test_mean_ends_with_the_shortest_fold() -> None:
     assert "k" not in {color for color, *_ in curves(panel)}  # the final fit has no epoch yet
 
 
+def test_learning_curves_leave_out_the_epochs_without_a_metric() -> None:
+    history = [{"train/loss": 0.5, "train/accuracy": 0.5}] * 2
+    history[1] = history[1] | {"validation/loss": 0.25, "validation/accuracy": 0.75}
+    panel = draw_learning_curves({"fold-1": history}).axes[0]
+    fold, mean = (line for line in panel.lines if line.get_color() == ORANGE)
+    for line in (fold, mean):
+        np.testing.assert_array_equal(np.asarray(line.get_ydata()), [np.nan, 0.25])
+
+
 def test_epochs_are_integers_and_a_single_epoch_is_in_the_middle(figures: dict[str, "Figure"]) -> None:
     for panel in figures["learning_curves.png"].axes:
         assert all(float(tick).is_integer() for tick in panel.get_xticks())

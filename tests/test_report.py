@@ -151,6 +151,16 @@ def test_epochs_table_has_the_means_over_the_folds(result: ExperimentResult) -> 
     ]
 
 
+def test_metric_that_some_epochs_lack_has_a_dash_there_in_the_epochs_table(result: ExperimentResult) -> None:
+    folds = []
+    for number, fold in enumerate(result.folds):
+        first, last = fold.history
+        folds.append(replace(fold, history=[first, last | {"own/error": 0.25 + number / 2}]))
+    rows = text_of(section(make_report(replace(result, folds=folds)), "epochs")).splitlines()[2:]
+    assert rows[0].endswith(" validation accuracy own/error")
+    assert [row.split()[-1] for row in rows[1:]] == ["–", "0.5000"]
+
+
 def test_figures_are_inside_the_page_with_a_description(result: ExperimentResult) -> None:
     report = make_report(result)
     images = re.findall(r'<img src="(.*?)" alt="(.*?)"></div>', report)
@@ -340,6 +350,21 @@ def test_page_of_all_runs_is_rewritten_in_at_most_a_fifth_of_that_time(
         clock.now = 1000 + second
         report.update(checkpoints_of(HISTORIES), 1.0)
         assert written == [tmp_path] * pages, second
+
+
+def test_report_that_cannot_be_written_is_not_named(
+    result: ExperimentResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object) -> bytes:
+        raise KeyError("own/error")
+
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None))
+    assert report.finish(result, "", {})
+    monkeypatch.setattr(report_module, "report_page", fail)
+    monkeypatch.setattr(report_module, "unfinished_page", fail)
+    report.__enter__()
+    assert not report.finish(result, "", {})
+    assert capsys.readouterr() == ("", "Without report.html: KeyError: 'own/error'\n" * 2)
 
 
 def test_report_is_kept_alive_once_a_minute(clock: Clock, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from data_files import load_dataset
 from experiment.errors import RunError
 from experiment.executors import SerialExecutor
 from experiment.pages import png_uri
+from experiment.report import Report
 from experiment.results import ExperimentResult
 from experiment.run import run_experiment
 from experiment.settings import TrainingConfig
@@ -214,6 +215,15 @@ def test_the_report_shows_every_figure(cnn_result: ExperimentResult) -> None:
     for name in set(FIGURES) - {"learning_curves.png"}:  # these are drawn as SVG
         assert png_uri((cnn_result.run_dir / name).read_bytes()) in report
     assert report.count('<svg class="chart"') == 2
+
+
+def test_report_is_named_only_if_it_was_written(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Report, "finish", lambda *_: False)
+    configure(main_tutorial, EPOCHS=1).main()
+    output = capsys.readouterr().out
+    assert "Time taken" in output and "Report, with pictures" not in output
 
 
 class Losing(Executor):
