@@ -817,11 +817,11 @@ def _in_order(found: _Found, numbers: dict[str, int]) -> list[_Picture]:
     return sorted(pictures, key=lambda picture: (_natural_key(picture[0]), picture[2]))
 
 
-def _natural_key(name: str) -> list[str | int]:
+def _natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a key that sorts 2.jpg before 10.jpg."""
     parts: list[str | int] = list(re.split(r"(\d+)", name))
     parts[1::2] = [int(number) for number in parts[1::2]]
-    return [*parts, name]
+    return parts, name
 
 
 def _split_off_test(pictures: list[_Picture]) -> tuple[list[_Picture], list[_Picture]]:

@@ -241,6 +241,10 @@ def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert sorted(names, key=data_files._natural_key) == ["9.jpg", "10.jpg", "100.jpg", "a2.jpg", "a10.jpg"]
 
 
+def test_a_name_that_begins_with_another_whole_name_is_sorted_after_it() -> None:
+    assert sorted(["cat1.jpg2.png", "cat1.jpg"], key=data_files._natural_key) == ["cat1.jpg", "cat1.jpg2.png"]
+
+
 # --- What is refused, or worth a line ---
 
 
