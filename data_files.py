@@ -792,9 +792,23 @@ def _check_classes(class_names: list[str], parts: list[_Found], root: Path, test
                 f"{root}: {test_dirs[0].name}/ contains the class {unknown[0]}, which has no pictures to train on. Add "
                 "some, or delete the folder."
             )
+        if not part.classes:
+            _refuse_unsorted(part, root, test_dirs)
     reserved = [name for name in class_names if name == "accuracy" or name.endswith(" avg")]
     if reserved:
         raise DatasetError(f"{root}: a class cannot be called {reserved[0]}, as a metric is. Rename the folder.")
+
+
+def _refuse_unsorted(test: _Found, root: Path, test_dirs: list[Path]) -> None:
+    """Raise if the folder with the test pictures has pictures, but no folder of a class."""
+    pictures = [path for path in test.ignored if _is_picture(path)]
+    if pictures:
+        count = "1 picture" if len(pictures) == 1 else f"{len(pictures):,} pictures"
+        other = f"{test_dirs[1].name}/" if len(test_dirs) > 1 else "a fifth of all pictures"
+        raise DatasetError(
+            f"{test_dirs[0]} has {count} in no class's folder. Put each picture into a folder of its class, or move "
+            f"this folder out of {root}: {other} is then the test set."
+        )
 
 
 def _check_sizes(class_names: list[str], train: list[_Picture], test: list[_Picture], root: Path) -> None:

@@ -329,6 +329,20 @@ def test_a_class_only_in_the_test_folder_is_refused(tmp_path: Path) -> None:
     assert "test/ contains the class owl, which has no pictures to train on" in refusal(tmp_path / "split")
 
 
+def test_test_pictures_in_no_classs_folder_are_counted_and_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    write_tiles(folder / "train", cat=4, dog=5)
+    (folder / "test").mkdir()
+    assert refusal(folder) == f"{folder} contains no test pictures."
+    write_tiles(folder, test=3)
+    assert refusal(folder) == (
+        f"{folder}/test has 3 pictures in no class's folder. Put each picture into a folder of its class, or move this "
+        f"folder out of {folder}: a fifth of all pictures is then the test set."
+    )
+    (folder / "valid").mkdir()
+    assert refusal(folder).endswith(": valid/ is then the test set.")
+
+
 def test_a_class_called_like_a_metric_is_refused(tmp_path: Path) -> None:
     assert "a class cannot be called accuracy" in refusal(write_tiles(tmp_path / "names", accuracy=4, dog=5))
 
