@@ -23,6 +23,7 @@ from comparison.pair import LOSS, METRICS, PairComparison, describe_noise, metri
 from comparison.run_reader import (
     FinishedRun,
     read_identity,
+    read_resume,
     read_run,
     run_folders,
     time_in_name,
@@ -132,7 +133,8 @@ def _state_of_unfinished(path: Path) -> str:
         finally:
             lock.release()
     ended = "failed" if state == "failed" else "stopped"
-    return f"{ended}{f' after {progress}' if progress else ''}; the same command resumes it"
+    command = "the same command" if read_resume(path) else "the same command, with RESUME = True,"
+    return f"{ended}{f' after {progress}' if progress else ''}; {command} resumes it"
 
 
 def _group(

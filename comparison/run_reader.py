@@ -62,6 +62,7 @@ class Identity(_Record):
 
 class _Config(_Record):
     identity: Identity
+    resume: bool = True
 
 
 class _ReportRow(_Record):
@@ -263,6 +264,11 @@ def read_identity(path: Path) -> Identity:
         With one line, if another version of this program wrote it.
     """
     return _read_json(path / "config.json", _Config).identity
+
+
+def read_resume(path: Path) -> bool:
+    """Return RESUME of the run in a run directory, which may be unfinished; raises as `read_identity` does."""
+    return _read_json(path / "config.json", _Config).resume
 
 
 def as_run(path: Path, results: dict[str, Any], identity: dict[str, Any]) -> FinishedRun:

@@ -320,6 +320,9 @@ def _common_content(
     with suppress(ValueError):
         started = f"{datetime.fromisoformat(started).astimezone():%Y-%m-%d %H:%M}"
     command = _repeat_command(script, config, experiment.environment) if script else ""
+    resume_command = command
+    if command and not config.get("resume", True):
+        resume_command += " --resume True"
     return {
         "title": f"{network} on {config['dataset']}",
         "name": run_dir.name,
@@ -332,7 +335,7 @@ def _common_content(
         "pair": None,
         "network": network,
         "repeat_command": command,
-        "resume_command": command,
+        "resume_command": resume_command,
         "constants": _constants(config, experiment.environment),
         "loss_curves": loss,
         "accuracy_curves": accuracy,
@@ -353,7 +356,7 @@ def _values_to_repeat(config: Mapping[str, Any], environment: Mapping[str, Any])
 
 
 def _repeat_command(script: str, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """Return the command that repeats the run; while the run is unfinished, it resumes it."""
+    """Return the command that repeats the run; with RESUME, it resumes the run while this is unfinished."""
     values = _values_to_repeat(config, environment)
     values["image_shape"] = "x".join(map(str, values["image_shape"]))
     for name, default in FOLDERS.items():

@@ -32,9 +32,9 @@ def rows_of(page: str) -> list[str]:
     return [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in rows]
 
 
-def make_unfinished(path: Path, **changes: Any) -> Path:
+def make_unfinished(path: Path, resume: bool = True, **changes: Any) -> Path:
     path.mkdir(parents=True)
-    write_json(path / "config.json", {"identity": make_identity(**changes), "wandb_id": "x"})
+    write_json(path / "config.json", {"resume": resume, "identity": make_identity(**changes), "wandb_id": "x"})
     (path / "report.html").write_text(
         '<html data-state="running"><noscript>reload</noscript><script>"running"</script>', encoding="utf-8"
     )
@@ -125,6 +125,12 @@ def test_rows_show_the_epochs_of_unfinished_runs_and_which_have_failed(tmp_path:
         ["stopped after 6 of 6 epochs; the same command resumes it"],
         ["failed after 6 of 6 epochs; the same command resumes it"],
     ]
+
+
+def test_row_of_a_run_without_resume_says_that_it_needs_it(tmp_path: Path) -> None:
+    make_unfinished(tmp_path / "N-20261126-183000", resume=False)
+    (row,) = rows_of(write(tmp_path))
+    assert row.endswith("stopped; the same command, with RESUME = True, resumes it")
 
 
 def test_page_reloads_itself_only_while_a_run_is_running(tmp_path: Path) -> None:

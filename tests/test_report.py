@@ -307,6 +307,15 @@ def test_page_of_a_run_that_ended_says_how_to_resume_it(state: str, reason: str,
     assert "To resume:</p>\n<pre>python main_tutorial.py --dataset FashionMNIST" in page
 
 
+def test_resume_command_of_a_run_without_resume_has_it() -> None:
+    experiment = make_experiment()
+    config = experiment.config.to_dict() | {"resume": False}
+    experiment.config = SimpleNamespace(to_dict=lambda: config)
+    page = unfinished_page(experiment, RUN_DIR, checkpoints_of(HISTORIES), "running").decode()
+    to_resume, to_repeat = re.findall(r"<pre>(python .*?)</pre>", page)
+    assert to_resume == f"{to_repeat} --resume True" and "--resume" not in to_repeat
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
