@@ -107,11 +107,19 @@ class PairComparison:
 
     @property
     def explanation(self) -> str:
-        """What p and ± are corrected for, and on how many runs the noise is estimated."""
+        """What p and ± of the metrics are corrected for, and on how many runs the noise is estimated."""
         sentence = describe_noise(self.noise, self.metrics.values())
-        if sum(difference.has_interval for difference in self.metrics.values()) > 1:
-            return f"p and ± are corrected for {len(self.metrics)} metrics (Holm). {sentence}"
-        return sentence
+        tests = sum(difference.has_interval for difference in self.metrics.values())
+        return f"p and ± are corrected for {tests} metrics (Holm). {sentence}" if tests > 1 else sentence
+
+    @property
+    def explanation_with_classes(self) -> str:
+        """The explanation, and what p and ± of the F1 scores are corrected for."""
+        tests = sum(difference.has_interval for difference in self.f1.values())
+        if tests > 1:
+            sentence = f"In the table of the classes, p and ± are corrected for {tests} classes (Holm)."
+            return f"{self.explanation} {sentence}"
+        return self.explanation
 
     def figure(self) -> "Figure":
         """Draw accuracy and loss above, and the F1 score of each class below."""

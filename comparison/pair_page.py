@@ -37,7 +37,9 @@ def pair_content(comparison: PairComparison) -> dict[str, Any]:
     if comparison.f1:
         largest_first = sorted(comparison.f1.values(), key=lambda difference: -abs(difference.mean))
         class_tables.append(_table("F1 of each class, the largest change first", "class", largest_first))
-    explanation = "The two runs are identical in every fold." if comparison.is_identical else comparison.explanation
+    explanation = comparison.explanation_with_classes
+    if comparison.is_identical:
+        explanation = "The two runs are identical in every fold."
     return {
         "before": folder_name(comparison.before.path),
         "changes": list(dict.fromkeys(change.text for change in comparison.changes)) or ["repetition"],

@@ -9,6 +9,7 @@ from scipy.stats import t
 from synthetic_runs import BASE, BETTER, NOISE, PRINTED, make_identity, make_results, make_run
 
 from comparison.pair import PairComparison, compare_runs, compare_with_nearest
+from comparison.pair_page import pair_content
 from comparison.run_reader import FinishedRun, read_run
 from comparison.statistics import compare_metric, estimate_prior
 from experiment.errors import ConfigurationError
@@ -236,6 +237,21 @@ def test_text_without_significance_has_the_difference_that_would_be_found(before
     assert comparison.text.splitlines().count(line) == 2
     better = compare(before, make_run(tmp_path / "better", BETTER))
     assert "80 %" not in better.text
+
+
+def test_metric_without_a_p_is_not_counted_as_corrected(tmp_path: Path) -> None:
+    unequal: dict[str, Any] = {"class_sizes": {"Coat": 90, "Shirt": 30}}
+    before = make_run(tmp_path / "before", losses=[0.5] * 5, **unequal)
+    comparison = compare(before, make_run(tmp_path / "after", BETTER, losses=[0.4] * 5, **unequal))
+    assert not comparison.metrics["loss"].has_interval and len(comparison.metrics) == 3
+    assert comparison.explanation.startswith("p and ± are corrected for 2 metrics (Holm). ")
+
+
+def test_page_explains_for_how_many_classes_the_table_of_the_classes_is_corrected(tmp_path: Path) -> None:
+    before, after = (make_run(tmp_path / name, gains, classes="abc") for name, gains in (("0", BASE), ("1", BETTER)))
+    explanation = pair_content(compare(before, after))["explanation"]
+    assert explanation.startswith("p and ± are corrected for 2 metrics (Holm). ")
+    assert explanation.endswith(" In the table of the classes, p and ± are corrected for 3 classes (Holm).")
 
 
 def test_classes_are_corrected_for_their_number(before: Path, tmp_path: Path) -> None:
