@@ -258,7 +258,9 @@ def _metric_lines(difference: MetricDifference) -> list[str]:
         f"{'':12}{verdict_with_reason(difference)}",
     ]
     if difference.has_interval and difference.verdict == "not significant":
-        lines.append(f"{'':12}A difference of {format_metric(difference.detectable)} would be found in 80 % of cases.")
+        detectable = difference.detectable
+        if detectable <= 1 or difference.metric == LOSS:  # accuracy and F1 cannot differ by more than 1
+            lines.append(f"{'':12}A difference of {format_metric(detectable)} would be found in 80 % of cases.")
     return lines
 
 

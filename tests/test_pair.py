@@ -239,6 +239,13 @@ def test_text_without_significance_has_the_difference_that_would_be_found(before
     assert "80 %" not in better.text
 
 
+def test_impossible_difference_in_accuracy_is_not_called_detectable(tmp_path: Path) -> None:
+    comparison = compare(make_run(tmp_path / "before", [0.9, 0.5]), make_run(tmp_path / "after", [0.5, 0.8]))
+    assert comparison.metrics["accuracy"].detectable > 1
+    accuracy, loss = comparison.text.split("  accuracy ")[1].split("  loss ")
+    assert "would be found" not in accuracy and "would be found in 80 % of cases." in loss
+
+
 def test_metric_without_a_p_is_not_counted_as_corrected(tmp_path: Path) -> None:
     unequal: dict[str, Any] = {"class_sizes": {"Coat": 90, "Shirt": 30}}
     before = make_run(tmp_path / "before", losses=[0.5] * 5, **unequal)
