@@ -126,6 +126,8 @@ def classify(
 
     from experiment.predictions import pictures_csv
 
+    if csv_file is not None:
+        _check_csv_path(csv_file)
     finished_run = choose_run(run, runs_dir)
     trained = load_network(finished_run, network)
     paths = [path for picture in pictures for path in find_pictures_in(picture)]
@@ -140,19 +142,30 @@ def classify(
         print_line(f"Table: {relative_to_cwd(csv_file)}")
 
 
+def _check_csv_path(path: Path) -> None:
+    """Refuse a table that cannot be written, before anything is predicted."""
+    if os.path.isdir(path):
+        raise ConfigurationError(f"the table must be a file, got the folder --csv {path}")
+    if not os.path.isdir(path.parent):
+        raise ConfigurationError(f"the table must be a file in an existing folder, got --csv {path}")
+
+
 def find_pictures_in(path: Path) -> list[Path]:
     """Return a picture, or all pictures in a folder and its subfolders, in the order of their names.
 
     Raises
     ------
     ConfigurationError
-        If a folder has no pictures.
+        If a folder has no pictures, or cannot be read.
     """
-    from data_files import pictures_below
+    from data_files import DatasetError, pictures_below
 
     if not os.path.isdir(path):  # Path.is_dir raises if the name is too long
         return [path]
-    found = pictures_below(path)
+    try:
+        found = pictures_below(path)
+    except DatasetError as error:
+        raise ConfigurationError(str(error)) from None
     if not found:
         raise ConfigurationError(f"there is no picture in {path}")
     return found

@@ -111,6 +111,25 @@ def test_folder_without_a_picture_is_one_line(error_line: Callable[..., str]) ->
     assert error_line("empty") == "  there is no picture in empty"
 
 
+def test_folder_that_cannot_be_read_is_one_line(error_line: Callable[..., str]) -> None:
+    Path("somedir").mkdir()
+    Path("somedir/circle").symlink_to("circle")
+    assert error_line("somedir") == "  somedir/circle cannot be read (Too many levels of symbolic links)."
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing/x.csv", "  the table must be a file in an existing folder, got --csv missing/x.csv"),
+        (".", "  the table must be a file, got the folder --csv ."),
+    ],
+)
+def test_table_in_a_missing_folder_or_called_like_a_folder_is_refused_before_anything_is_predicted(
+    path: str, message: str, error_line: Callable[..., str]
+) -> None:
+    assert error_line("digit.png", "--run", "missing", "--csv", path) == message
+
+
 @pytest.mark.parametrize("network", ["nets/mlp.py:Own", "nets.mlp:Own"])
 def test_network_in_a_package_with_relative_imports_is_found(
     network: str, command: Command, monkeypatch: pytest.MonkeyPatch
