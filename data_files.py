@@ -702,8 +702,7 @@ def _scan(folder: Path) -> _Found:
     """Return all pictures in the subfolders of a folder, at any depth."""
     found = _Found({}, [path for path in _files(folder)])
     for class_folder in _visible_folders(folder):
-        name = unicodedata.normalize("NFC", class_folder.name).encode(errors="backslashreplace").decode()
-        pictures = found.classes.setdefault(name, [])
+        pictures = found.classes.setdefault(folder_class_name(class_folder), [])
         for path in _walk(class_folder, set()):
             if _is_picture(path):
                 try:
@@ -714,6 +713,12 @@ def _scan(folder: Path) -> _Found:
             else:
                 found.ignored.append(path)
     return found
+
+
+def folder_class_name(folder: Path) -> str:
+    """Return the name of the class whose pictures are in a folder: the folder's name, also if the path is relative."""
+    name = os.path.basename(os.path.abspath(folder))
+    return unicodedata.normalize("NFC", name).encode(errors="backslashreplace").decode()
 
 
 def pictures_below(folder: Path) -> list[Path]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_files import folder_class_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -122,7 +124,8 @@ def pictures_csv(paths: Sequence[Path], probabilities: Tensor, class_names: list
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(map(_not_a_formula, _columns("file", class_names)))
     for path, row in zip(paths, probabilities.tolist(), strict=True):
-        label = path.parent.name if path.parent.name in class_names else ""
+        folder = folder_class_name(path.parent)
+        label = folder if folder in class_names else ""
         doubt = f"{1 - row[class_names.index(label)]:.9g}" if label else ""
         prediction = class_names[row.index(max(row))]
         names = map(_not_a_formula, (str(path), "", label, prediction))

@@ -3,6 +3,7 @@
 import csv
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pandas
 import pytest
@@ -13,7 +14,7 @@ from hand_made import make_dataset, make_hand_made_result
 import main_tutorial
 from data_files import load_dataset
 from data_utils import Dataset
-from experiment.predictions import MAX_DOUBTFUL_LABELS, Predictions, find_doubtful_labels, predictions_csv
+from experiment.predictions import MAX_DOUBTFUL_LABELS, Predictions, find_doubtful_labels, pictures_csv, predictions_csv
 from experiment.results import ExperimentResult
 
 DATASET = make_dataset(torch.zeros(10))
@@ -89,6 +90,24 @@ def test_pictures_of_a_folder_have_their_file_in_the_first_column(result: Experi
     rows = read(predictions_csv(result.predictions, dataset))
     assert [row["file"] for row in (rows[0], rows[6], rows[8])] == ["train/0.jpg", "train/7.jpg", "'=test, 0.jpg"]
     assert find_doubtful_labels(result.predictions, dataset)[0].name == "train/1.jpg"
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "label"),
+    [
+        ("Äpfel", "0.png", "Äpfel"),
+        (".", "A\u0308pfel/0.png", "Äpfel"),
+        ("Äpfel/new", "../0.png", "Äpfel"),
+        (".", "0.png", ""),
+    ],
+)
+def test_label_of_a_picture_is_its_folder_whatever_the_path_is_relative_to(
+    folder: str, path: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / folder)
+    row = read(pictures_csv([Path(path)], torch.tensor([[0.75, 0.25]]), ["Äpfel", "dog"]))[0]
+    assert (row["file"], row["label"], row["label_doubt"]) == (path, label, "0.25" if label else "")
 
 
 def test_run_without_any_result_has_only_the_header() -> None:
