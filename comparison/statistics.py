@@ -207,7 +207,8 @@ def estimate_prior(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> 
     Returns
     -------
     NoisePrior or None
-        None if fewer than three comparisons are left. A comparison without any spread (a repetition) does not count.
+        None if fewer than three comparisons are left. Equal comparisons count once: those of a run and its repetitions.
+        A comparison without any spread does not count: that of a repetition of the baseline.
 
     References
     ----------
@@ -218,7 +219,8 @@ def estimate_prior(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> 
     """
     from scipy.special import digamma, polygamma
 
-    found = [(_mean_and_variance(before, after)[1], len(after) - 1) for before, after in pairs]
+    distinct = dict.fromkeys((tuple(before), tuple(after)) for before, after in pairs)
+    found = [(_mean_and_variance(before, after)[1], len(after) - 1) for before, after in distinct]
     variances, df = np.array([each for each in found if each[0] > 0], dtype=float).reshape(-1, 2).T
     if len(variances) < MIN_COMPARISONS:
         return None

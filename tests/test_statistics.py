@@ -121,7 +121,7 @@ def pairs_with(variances: Sequence[float]) -> list[Pair]:
 
 
 def test_equal_variances_are_worth_all_degrees_of_freedom_together() -> None:
-    pairs = pairs_with([1.0, 1.1, 0.9, 1.0])
+    pairs = pairs_with([1.05, 1.1, 0.9, 0.95])
     prior = estimate_prior(pairs)
     _, error, df, _ = paired_difference(*pairs[2], 5, prior)
     assert df == 16 and error == pytest.approx(np.sqrt(1.0 * (1 / 5 + 1 / 4)))
@@ -129,7 +129,13 @@ def test_equal_variances_are_worth_all_degrees_of_freedom_together() -> None:
 
 @pytest.mark.parametrize(("number", "moderated"), [(1, False), (2, False), (3, True)])
 def test_prior_needs_two_other_comparisons(number: int, moderated: bool) -> None:
-    assert (estimate_prior(pairs_with([1.0] * number)) is not None) == moderated
+    assert (estimate_prior(pairs_with([1.0, 1.1, 1.2][:number])) is not None) == moderated
+
+
+def test_repeated_comparison_counts_once() -> None:
+    first, second, third = pairs_with([1.0, 1.1, 1.2])
+    assert estimate_prior([first, second, second, second]) is None
+    assert estimate_prior([first, second, second, third]) == estimate_prior([first, second, third])
 
 
 def test_comparison_without_any_spread_does_not_count() -> None:
