@@ -11,6 +11,7 @@ import inspect
 import math
 import pickle
 import random
+import re
 import sys
 import threading
 import traceback
@@ -423,9 +424,19 @@ def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
     return functions
 
 
+def _read_assignments(module: ModuleType) -> dict[str, str]:
+    """Return the source of the last assignment to each name at the top level of a module's file, normalized."""
+    assignments = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        assignments |= {target.id: ast.unparse(node) for target in targets if isinstance(target, ast.Name)}
+    return assignments
+
+
 _MODULES = (data_utils, sys.modules[__name__])
 # Read when the module is imported, since the file may be edited later.
 _FUNCTIONS = _read_functions(data_utils) | _read_functions(sys.modules[__name__])
+_ASSIGNMENTS = {module.__name__: _read_assignments(module) for module in _MODULES}
 _LIBRARIES = ("torch", "numpy", "data_files")
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.memory_format)
 
@@ -434,12 +445,15 @@ def code_digests() -> dict[str, str]:
     """Return a digest of each function, class and constant of data_utils and train_utils, by ``module.name``.
 
     The digests are of the objects in memory: a function that is replaced at run time changes its digest, and an edited
-    file does so once it is imported. Comments, docstrings and formatting do not count.
+    file does so once it is imported. Comments, docstrings and formatting do not count. Of an object of any other type,
+    such as a loss function with arguments, the digest is that of the line that creates it.
     """
     digests = {}
     for module in _MODULES:
         for name, value in vars(module).items():
-            code = None if name.startswith("__") or value is _FUNCTIONS else _describe(value)
+            if name.startswith("__") or name in ("_FUNCTIONS", "_ASSIGNMENTS"):
+                continue
+            code = _describe(value) or _ASSIGNMENTS[module.__name__].get(name)
             if code is not None:
                 digests[f"{module.__name__}.{name}"] = hashlib.sha256(code.encode()).hexdigest()[:16]
     return digests
@@ -465,22 +479,36 @@ def _check_code(fit: Fit) -> None:
     )
 
 
-def _describe(value: Any) -> str | None:
-    """Return what a constant, function or class consists of; None for objects of libraries and anything else."""
+def _describe(value: Any, seen: set[int] | None = None) -> str | None:
+    """Return what a constant, function, class or the user's module consists of; None for anything else.
+
+    `seen` are the ids of what is described already: each object is described once.
+    """
     if _is_constant(value):
         return _repr(value)
     if isinstance(value, (classmethod, staticmethod, property)):
         value = value.fget if isinstance(value, property) else value.__func__
     value = inspect.unwrap(value) if callable(value) else value
-    if not isinstance(value, (FunctionType, type)) or _is_of_library(value.__module__):
+    seen = set() if seen is None else seen
+    if id(value) in seen or not isinstance(value, (FunctionType, type, ModuleType)):
+        return None
+    seen.add(id(value))
+    if isinstance(value, ModuleType):
+        return _describe_attributes(value, seen) if value not in _MODULES and _is_users(value.__name__) else None
+    if _is_of_library(value.__module__):
         return None
     if isinstance(value, FunctionType):
         is_generated = value.__code__.co_filename == "<string>"  # by dataclasses, from the annotations
-        return None if is_generated else _describe_function(value)
-    parts = [repr(vars(value).get("__annotations__"))]
-    for name, attribute in sorted(vars(value).items()):
+        return None if is_generated else _describe_function(value, seen)
+    return f"{vars(value).get('__annotations__')!r}\n{_describe_attributes(value, seen)}"
+
+
+def _describe_attributes(owner: type | ModuleType, seen: set[int]) -> str:
+    """Return what the attributes of a class or module consist of, one per line."""
+    parts = []
+    for name, attribute in sorted(vars(owner).items()):
         is_metadata = name.startswith("__") and not callable(attribute)
-        code = None if is_metadata else _describe(attribute)
+        code = None if is_metadata else _describe(attribute, seen)
         if code is not None:
             parts.append(f"{name} {code}")
     return "\n".join(parts)
@@ -505,20 +533,33 @@ def _is_of_library(module: str) -> bool:
     return package in _LIBRARIES or package in sys.stdlib_module_names
 
 
-def _describe_function(function: FunctionType) -> str:
-    """Return the source of a function in the files; of any other its bytecode and the constants that it uses."""
+def _is_users(module: str) -> bool:
+    """Return whether a module is a file of the user's own, not of an installed package."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and not _is_of_library(module) and not re.search("(site|dist)-packages", file)
+
+
+def _describe_function(function: FunctionType, seen: set[int]) -> str:
+    """Return the source of a function in the two files; of any other its bytecode, defaults, and what it uses."""
     code = function.__code__
     source = _FUNCTIONS.get((code.co_filename, code.co_firstlineno))
     if source is not None:
         return source
     variables = inspect.getclosurevars(function)
     used = {**variables.globals, **variables.nonlocals}
-    constants = {name: _repr(value) for name, value in used.items() if _is_constant(value)}
-    return f"{_describe_bytecode(code)} {sorted(constants.items())} {function.__defaults__} {function.__kwdefaults__}"
+    if not _is_users(function.__module__):
+        used = {name: value for name, value in used.items() if _is_constant(value)}
+    # Not their `repr`, which may contain an address in memory.
+    used |= {f"default {number}": value for number, value in enumerate(function.__defaults__ or ())}
+    used |= {f"default of {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
+    described = [
+        (name, _describe(used[name], seen) or getattr(used[name], "__qualname__", "")) for name in sorted(used)
+    ]
+    return f"{_describe_bytecode(code)} {described}"
 
 
 def _describe_bytecode(code: CodeType) -> str:
-    constants = [_describe_bytecode(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    constants = [_describe_bytecode(each) if isinstance(each, CodeType) else _repr(each) for each in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
 
 
@@ -531,9 +572,10 @@ def build_network(
     """Build a network on a device, with the speed-ups below; its modules and their order stay as they are."""
     model = model_class().to(device)
     _initialize_lazy_modules(model, device, image_shape)
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.to(memory_format=CHANNELS_LAST)
+    if not _uses_view(model):
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.to(memory_format=CHANNELS_LAST)
     for module in model.modules():
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             # A partial, unlike a method, can be pickled.
@@ -547,6 +589,12 @@ def _initialize_lazy_modules(model: nn.Module, device: torch.device, image_shape
         if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
             with torch.no_grad():
                 model.train(training)(torch.zeros(2, *image_shape, device=device))
+
+
+def _uses_view(model: nn.Module) -> bool:
+    """Return whether a module's forward calls `Tensor.view`, which fails if the channels are last in memory."""
+    codes = [getattr(module.forward, "__code__", None) for module in model.modules()]
+    return any(code is not None and "view" in code.co_names for code in codes)
 
 
 def _fast_forward(sequential: nn.Sequential, images: Tensor) -> Tensor:

@@ -287,6 +287,28 @@ def test_network_is_built_on_its_device(model_class: type[nn.Module]) -> None:
     assert {parameter.device for parameter in build_network(model_class, meta).parameters()} == {meta}
 
 
+class UsesView(nn.Module):
+    """Flattens the output of convolutions with `Tensor.view`, which needs them contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
+        self.linear = nn.Linear(4 * 11 * 11, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        features = self.convolutions(images)
+        return self.linear(features.view(features.size(0), -1))
+
+
+def test_a_network_may_flatten_with_view() -> None:
+    torch.manual_seed(0)
+    network = UsesView()
+    images = torch.randn(2, 1, 28, 28)
+    plain = network(images)
+    assert torch.equal(build_network(lambda: network, CPU)(images), plain)
+
+
 class ComplexParameters(nn.Module):
     """Has complex parameters."""
 

@@ -124,6 +124,45 @@ def test_an_edited_file_changes_the_digest_of_what_was_edited(
     assert {name.partition(".")[2] for name in before if before[name] != after[name]} == {changed}
 
 
+LOSSES = """
+import torch
+
+def smooth(logits, labels, reduction="mean", reduce=torch.mean):
+    return reduce(add(logits)) if reduction in {"mean", "average", "sum"} else logits
+
+def add(logits):
+    return logits + 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new"),
+    [
+        ("LOSS = nn.CrossEntropyLoss(label_smoothing=0.1)", "0.1", "0.2"),
+        ("WEIGHTS: Tensor = torch.tensor([1.0, 2.0])", "2.0", "3.0"),
+        ("import losses", "+ 1", "+ 2"),
+        ("from losses import smooth", "+ 1", "+ 2"),
+        ("from losses import smooth", "=torch.mean", "=torch.sum"),
+    ],
+)
+def test_an_object_or_a_module_of_the_users_has_a_digest(line: str, old: str, new: str, tmp_path: Path) -> None:
+    def write(content: str, losses: str) -> None:
+        (tmp_path / "train_utils.py").write_text(f"{(REPOSITORY / 'train_utils.py').read_text()}\n{content}\n")
+        (tmp_path / "losses.py").write_text(losses)
+
+    write(line, LOSSES)
+    shutil.copy(REPOSITORY / "data_utils.py", tmp_path)
+    shutil.copy(REPOSITORY / "data_files.py", tmp_path)
+    digests = []
+    for seed in "123":  # in the third process, the line or the module is another
+        if seed == "3":
+            write(line.replace(old, new), LOSSES.replace(old, new))
+        command = [sys.executable, "-B", "-c", "import train_utils; print(train_utils.code_digest())"]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        digests.append(subprocess.check_output(command, cwd=tmp_path, env=environment))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def reformat(folder: Path) -> None:
     content = (folder / "train_utils.py").read_text()
     content = content.replace("# averaged at the end", "# summed later").replace(

