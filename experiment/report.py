@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import shlex
@@ -9,7 +10,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,8 @@ from experiment.plots import displayed_pixels
 from experiment.terminal import duration_line, print_line, show_page
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from experiment.prepare import Experiment
     from experiment.results import ExperimentResult
     from experiment.run_directory import RunDirectory
@@ -99,11 +102,14 @@ class Report:
     ----------
     experiment : Experiment
     folder : RunDirectory
+    model_class : callable
+        Returns the network.
     """
 
-    def __init__(self, experiment: Experiment, folder: RunDirectory) -> None:
+    def __init__(self, experiment: Experiment, folder: RunDirectory, model_class: Callable[[], nn.Module]) -> None:
         self._experiment = experiment
         self._folder = folder
+        self._model_class = model_class
         self._checkpoints: Mapping[str, Checkpoint] = {}
         self._seconds_left: float | None = None
         self._written = time.monotonic()
@@ -176,7 +182,7 @@ class Report:
             The figures as PNG files, by file name.
         """
         with nonfatal(NAME):
-            self._save(report_page(result, self._experiment, comparison, figures))
+            self._save(report_page(result, self._experiment, self._model_class, comparison, figures))
             return True
         return False
 
@@ -279,10 +285,11 @@ def unfinished_page(
 def report_page(
     result: ExperimentResult,
     experiment: Experiment,
+    model_class: Callable[[], nn.Module],
     comparison: PairComparison | str,
     figures: Mapping[str, bytes],
 ) -> bytes:
-    """Return the complete report; see `Report.finish`."""
+    """Return the complete report; see `Report` and `Report.finish`."""
     histories = {fold.name: fold.history for fold in result.folds}
     if result.final:
         histories["final"] = result.final.history
@@ -300,7 +307,7 @@ def report_page(
         "file_names": list(figures),
         "epoch_table": _epoch_table(result),
         "environment": _environment_rows(result.environment),
-        "classify_command": _classify_command(result.run_dir, experiment.model.name),
+        "classify_command": _classify_command(result.run_dir, experiment.model.name, model_class),
         "in_wandb": bool(result.environment.get("wandb_run_ids")),
     }
     return render("report.html.jinja", **content)
@@ -386,13 +393,26 @@ def _file_contains(path: Path, line: str) -> bool:
     return path.is_file() and line in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _classify_command(run_dir: Path, network_name: str) -> str:
+def _classify_command(run_dir: Path, network_name: str, model_class: Callable[[], nn.Module]) -> str:
     command = f"python classify.py picture.png --run {shlex.quote(run_dir.name)}"
     if run_dir.parent != PROJECT_DIR / "runs":
         command += f" --runs-dir {shlex.quote(str(run_dir.parent))}"
-    if not _file_contains(PROJECT_DIR / "models.py", f"class {network_name}("):
-        command += f" --network {shlex.quote(f'file.py:{network_name}')}"
+    is_named_function = inspect.isfunction(model_class) and model_class.__qualname__.isidentifier()
+    if is_named_function or not _file_contains(PROJECT_DIR / "models.py", f"class {network_name}("):
+        command += f" --network {shlex.quote(_file_and_name(network_name, model_class))}"
     return command
+
+
+def _file_and_name(network_name: str, model_class: Callable[[], nn.Module]) -> str:
+    """Return where the class or function of a network is, as classify.py takes it; "file.py" if no file is known."""
+    name = getattr(model_class, "__qualname__", "")
+    if not name.isidentifier():  # a lambda, a functools.partial, or what is defined inside a function
+        return f"file.py:{network_name}"
+    file = getattr(sys.modules.get(model_class.__module__), "__file__", None)
+    if file is None:  # a notebook
+        return f"file.py:{name}"
+    path = Path(file).resolve()
+    return f"{path.relative_to(PROJECT_DIR) if path.is_relative_to(PROJECT_DIR) else path}:{name}"
 
 
 def _settings_rows(

@@ -57,7 +57,7 @@ def run_experiment(
         with (
             index_at_end(experiment),
             RunDirectory(experiment) as folder,
-            Report(experiment, folder) as report,
+            Report(experiment, folder, model_class) as report,
             WandbRuns(experiment, folder) as runs,
         ):
             checkpoints = train_all(experiment, pool, folder, runs, report)

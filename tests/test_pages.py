@@ -21,6 +21,7 @@ from comparison.pair_page import write_pair_page
 from comparison.run_reader import read_run
 from experiment.plots import draw_figures
 from experiment.report import report_page, unfinished_page
+from models import NeuralNetwork
 
 pytestmark = pytest.mark.slow
 Open = Callable[..., Any]
@@ -85,9 +86,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     many = replace(result, final=final, run_dir=after)
     experiment = make_experiment(NAME)
     checkpoints = {name: {"history": history, "failure": None} for name, history in HISTORIES.items()}
+    diverged = make_hand_made_result(failures={"fold-1": "fold-1 diverged."})
     contents = {
-        "finished": report_page(many, experiment, pair, draw_figures(result)),
-        "diverged": report_page(make_hand_made_result(failures={"fold-1": "fold-1 diverged."}), experiment, "", {}),
+        "finished": report_page(many, experiment, NeuralNetwork, pair, draw_figures(result)),
+        "diverged": report_page(diverged, experiment, NeuralNetwork, "", {}),
         "interrupted": unfinished_page(experiment, RUN_DIR, checkpoints, "interrupted", "SIGINT"),
         "failed": unfinished_page(experiment, RUN_DIR, checkpoints, "failed", NAME),
     }
@@ -193,7 +195,7 @@ def test_live_page_reloads_keeps_its_place_and_stops(tmp_path: Path, open_page: 
     page.get_by_text("6 of 6 epochs are done").wait_for(state="attached", timeout=8000)
     assert page.evaluate("scrollY") == 300
     page.get_by_role("button", name="Stop reloading").click()
-    path.write_bytes(report_page(make_hand_made_result(), make_experiment(), "", {}))
+    path.write_bytes(report_page(make_hand_made_result(), make_experiment(), NeuralNetwork, "", {}))
     time.sleep(6)
     assert page.get_by_text("6 of 6 epochs are done").is_visible()
     page.get_by_role("button", name="Reload every 5 seconds").click()

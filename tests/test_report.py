@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hand_made import FIGURES, HISTORIES, RUN_DIR, Clock, make_experiment, make_hand_made_result
 from synthetic_runs import BETTER, make_run
+from torch import nn
 
 from comparison.pair import PairComparison, compare_runs
 from comparison.run_reader import read_run
@@ -20,6 +21,7 @@ from experiment.errors import RunError
 from experiment.report import MIN_SILENCE, Report, report_page, unfinished_page
 from experiment.results import ExperimentResult
 from experiment.terminal import duration_line
+from models import NeuralNetwork
 
 PNG = b"\x89PNG"
 
@@ -40,8 +42,10 @@ def make_report(
     network: str = "NeuralNetwork",
     comparison: PairComparison | str = "",
     figures: tuple[str, ...] = FIGURES,
+    model_class: Callable[[], nn.Module] = NeuralNetwork,
 ) -> str:
-    return report_page(result, make_experiment(network), comparison, dict.fromkeys(figures, PNG)).decode()
+    pngs = dict.fromkeys(figures, PNG)
+    return report_page(result, make_experiment(network), model_class, comparison, pngs).decode()
 
 
 def section(report: str, heading_id: str) -> str:
@@ -85,7 +89,7 @@ def test_command_names_other_folders_and_quotes_them(result: ExperimentResult, t
     experiment = make_experiment()
     config = experiment.config.to_dict() | {"dataset": "my pictures", "runs_dir": str(tmp_path / "a b")}
     experiment.config = SimpleNamespace(to_dict=lambda: config | {"data_dir": "data"})
-    report = html.unescape(report_page(result, experiment, "", {}).decode())
+    report = html.unescape(report_page(result, experiment, NeuralNetwork, "", {}).decode())
     assert "--dataset 'my pictures' " in report and f"--runs-dir '{tmp_path}/a b'</pre>" in report
     assert "--data-dir" not in report
 
@@ -247,7 +251,30 @@ def test_list_of_files_and_of_the_runs_in_wandb(result: ExperimentResult) -> Non
 def test_classify_command_says_where_the_run_and_its_network_are(result: ExperimentResult, tmp_path: Path) -> None:
     elsewhere = replace(result, run_dir=tmp_path / "with a blank" / RUN_DIR.name)
     command = f"--run {RUN_DIR.name} --runs-dir '{tmp_path}/with a blank' --network file.py:Own</pre>"
-    assert command in html.unescape(make_report(elsewhere, "Own"))
+    assert command in html.unescape(make_report(elsewhere, "Own", model_class=lambda: NeuralNetwork()))
+
+
+def make_small_network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+class Small(NeuralNetwork):
+    """A network in this file."""
+
+
+@pytest.mark.parametrize(
+    ("network", "model_class", "name"),
+    [
+        ("Sequential", make_small_network, "make_small_network"),
+        ("NeuralNetwork", make_small_network, "make_small_network"),  # the function may give the class arguments
+        ("Small", Small, "Small"),
+    ],
+)
+def test_classify_command_names_the_file_of_the_class_or_function_that_was_trained(
+    network: str, model_class: Callable[[], nn.Module], name: str, result: ExperimentResult
+) -> None:
+    report = make_report(result, network, model_class=model_class)
+    assert f"--run {RUN_DIR.name} --network tests/test_report.py:{name}</pre>" in report
 
 
 def test_models_file_in_another_encoding_is_searched_for_the_network(
@@ -335,7 +362,7 @@ def test_report_is_rewritten_in_at_most_a_hundredth_of_the_time(clock: Clock, tm
         saved.append(name)
         clock.now += 2  # seconds per page
 
-    report = Report(make_experiment(), make_folder(tmp_path / "run", save))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", save), NeuralNetwork)
     # At second 500, 2 seconds have been spent, and 2 more make 4, which is 0.8 %.
     for second, pages in ((5, 0), (7, 1), (499, 1), (501, 2), (749, 2), (751, 3)):
         clock.now = 1000 + second
@@ -353,7 +380,7 @@ def test_page_of_all_runs_is_rewritten_in_at_most_a_fifth_of_that_time(
         clock.now += 1
 
     monkeypatch.setattr(report_module, "write_index", write_index)
-    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None), NeuralNetwork)
     report.__enter__()
     for second, pages in ((499, 1), (502, 2), (999, 2), (1003, 3)):
         clock.now = 1000 + second
@@ -367,7 +394,7 @@ def test_report_that_cannot_be_written_is_not_named(
     def fail(*_arguments: object) -> bytes:
         raise KeyError("own/error")
 
-    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda *_: None), NeuralNetwork)
     assert report.finish(result, "", {})
     monkeypatch.setattr(report_module, "report_page", fail)
     monkeypatch.setattr(report_module, "unfinished_page", fail)
@@ -378,7 +405,7 @@ def test_report_that_cannot_be_written_is_not_named(
 
 def test_report_is_kept_alive_once_a_minute(clock: Clock, tmp_path: Path) -> None:
     pages: list[bytes] = []
-    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)), NeuralNetwork)
     for second, count in ((59, 0), (61, 1), (119, 1), (122, 2)):
         clock.now = 1000 + second
         report.keep_alive()
@@ -392,7 +419,7 @@ def test_report_that_cannot_be_saved_costs_one_line(
     def refuse(name: str, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    report = Report(make_experiment(), make_folder(tmp_path / "run", refuse))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", refuse), NeuralNetwork)
     for _ in range(3):
         clock.now += 1000
         report.update(checkpoints_of(HISTORIES), None)
@@ -411,7 +438,7 @@ def test_error_is_shown_at_the_end_unless_it_may_contain_a_secret(
     error: BaseException, shown: str, tmp_path: Path
 ) -> None:
     pages: list[bytes] = []
-    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)), NeuralNetwork)
     with pytest.raises(type(error)), report:
         raise error
     assert len(pages) == 2 and shown in text_of(pages[1].decode()) and b"a secret" not in pages[1]
@@ -424,7 +451,7 @@ def test_page_of_a_run_without_a_finished_epoch_says_so() -> None:
 
 def test_report_of_a_finished_run_is_not_replaced_by_a_later_error(tmp_path: Path) -> None:
     pages: list[bytes] = []
-    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)))
+    report = Report(make_experiment(), make_folder(tmp_path / "run", lambda _, page: pages.append(page)), NeuralNetwork)
     (tmp_path / "run" / "results.json").touch()
     with pytest.raises(KeyboardInterrupt), report:
         raise KeyboardInterrupt
