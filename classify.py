@@ -173,13 +173,13 @@ def find_pictures_in(path: Path) -> list[Path]:
 
 def _warn_of_backgrounds(paths: list[Path], images: list[Tensor], trained: TrainedNetwork, invert: bool) -> None:
     """Print each advice on backgrounds once."""
-    concerned: dict[str, list[Path]] = {}
+    paths_by_advice: dict[str, list[Path]] = {}
     for path, image in zip(paths, images, strict=True):
         advice = background_advice(image, trained.light_backgrounds, invert)
         if advice:
-            concerned.setdefault(advice, []).append(path)
-    for advice, of in concerned.items():
-        warn(f"{of[0]} {advice}." + (f" So do {len(of) - 1} more." if len(of) > 1 else ""))
+            paths_by_advice.setdefault(advice, []).append(path)
+    for advice, (first, *others) in paths_by_advice.items():
+        warn(f"{first} {advice}." + (f" So do {len(others)} more." if others else ""))
 
 
 def choose_run(name: str | None, runs_dir: Path) -> FinishedRun:

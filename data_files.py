@@ -666,7 +666,7 @@ def find_pictures(folder: str | Path) -> Pictures:
         test=[(path, label) for _, path, label, _ in test],
         test_folder=f"{test_dirs[0].name}/" if test_dirs else "",
         notes=tuple(notes),
-        key=_key_of([*train, *test], len(train), class_names),
+        key=_digest_of_listing([*train, *test], len(train), class_names),
     )
 
 
@@ -767,16 +767,17 @@ def _describe_ignored(ignored: list[Path], root: Path) -> list[str]:
     others = [path for path in ignored if not _is_picture(path)]
     if pictures:
         count = "1 picture that is" if len(pictures) == 1 else f"{len(pictures):,} pictures that are"
-        sentences.append(f"Ignored: {count} in no class's folder, for example {_shown(pictures[0], root)}.")
+        sentences.append(f"Ignored: {count} in no class's folder, for example {_printable_path(pictures[0], root)}.")
     if others:
         count = "1 file that is not a picture" if len(others) == 1 else f"{len(others):,} files that are not pictures"
         named = [path for path in others if not _is_hidden(path.name)]
-        example = f", for example {_shown(named[0], root)}" if named else ""
+        example = f", for example {_printable_path(named[0], root)}" if named else ""
         sentences.append(f"Ignored: {count}{example}.")
     return sentences
 
 
-def _shown(path: Path, root: Path) -> str:
+def _printable_path(path: Path, root: Path) -> str:
+    """Return a path relative to a folder; bytes of it that are not UTF-8 are escaped."""
     return str(path.relative_to(root)).encode(errors="backslashreplace").decode()
 
 
@@ -855,7 +856,8 @@ def _split_off_test(pictures: list[_Picture]) -> tuple[list[_Picture], list[_Pic
     return train, [pictures[row] for row in sorted(chosen)]
 
 
-def _key_of(pictures: list[_Picture], train: int, class_names: list[str]) -> str:
+def _digest_of_listing(pictures: list[_Picture], train: int, class_names: list[str]) -> str:
+    """Return a digest of the pictures' names, classes, sizes and times, and of how many of them are to train on."""
     sha = hashlib.sha256(f"{train} {class_names}".encode())
     for name, _, label, status in pictures:
         sha.update(f"{name!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode(errors="backslashreplace"))
@@ -878,7 +880,7 @@ def _load_pictures(pictures: Pictures, data_dir: Path, image_shape: ImageShape) 
         title = f"decoding {pictures.folder.name}"
         complete = partial(_complete_contents, pictures, file_digests)
         dataset = _write_decoded(path, stem, jobs, contents, image_shape, title, complete)
-    files = tuple(_shown(file, pictures.folder) for file, _ in [*pictures.train, *pictures.test])
+    files = tuple(_printable_path(file, pictures.folder) for file, _ in [*pictures.train, *pictures.test])
     return dataset._replace(notes=(*pictures.notes, *dataset.notes), files=files)
 
 
@@ -916,24 +918,28 @@ def _describe_duplicates(pictures: Pictures, digests: list[bytes]) -> tuple[str,
         first = first_of.setdefault(digest, row)
         if first == row:
             continue
-        pair = f"{_shown(everything[first][0], pictures.folder)} = {_shown(everything[row][0], pictures.folder)}"
+        pair = " = ".join(_printable_path(everything[each][0], pictures.folder) for each in (first, row))
         if everything[first][1] != everything[row][1]:
             contradictions.append(pair)
         if first < len(pictures.train) <= row:
             leaks.append(pair)
     notes = []
     if leaks:
-        notes.append(f"{_times(leaks)} in training and in test, so the test is too easy: {_examples(leaks)}.")
+        notes.append(
+            f"{_start_of_sentence(leaks)} in training and in test, so the test is too easy: {_examples(leaks)}."
+        )
     if contradictions:
-        notes.append(f"{_times(contradictions)} in two classes: {_examples(contradictions)}.")
+        notes.append(f"{_start_of_sentence(contradictions)} in two classes: {_examples(contradictions)}.")
     return tuple(notes)
 
 
-def _times(pairs: list[str]) -> str:
+def _start_of_sentence(pairs: list[str]) -> str:
+    """Return "The same picture is" or, for example, "3 pictures are the same"."""
     return "The same picture is" if len(pairs) == 1 else f"{len(pairs):,} pictures are the same"
 
 
 def _examples(pairs: list[str]) -> str:
+    """Return the first two pairs of equal pictures."""
     return ", ".join(pairs[:2])
 
 
