@@ -5,6 +5,7 @@ import textwrap
 
 WIDTH = 80  # columns of the terminal
 LOOKS_LIKE_KEY = r"[A-Za-z0-9_-]{40,}"  # a W&B API key, which no message may contain
+KEY = r"(?<![A-Za-z0-9])[A-Za-z0-9]{40,}(?![A-Za-z0-9])|wandb_v1_\w+"  # hardly anything else looks like this
 
 
 def format_duration(seconds: float) -> str:
@@ -29,6 +30,17 @@ def display_name(class_name: str) -> str:
 def wrap(sentence: str) -> str:
     """Return a sentence in lines of at most 80 columns."""
     return textwrap.fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def looks_like_key(value: object) -> bool:
+    """Return whether a value, as a string, is or contains what looks like a W&B API key; parts of a path do not count.
+
+    A key has 40 letters and digits, or begins with ``wandb_v1_``.
+    """
+    string = str(value).strip()
+    if re.fullmatch(LOOKS_LIKE_KEY, string):
+        return True
+    return "/" not in string and re.search(KEY, string) is not None
 
 
 def hide_keys(message: str) -> str:

@@ -38,7 +38,7 @@ GOOD: dict[str, list[Any]] = {
     "WORKERS": ["auto", 1, 64],
     "RESUME": [True, False],
     "WANDB_MODE": ["auto", "online", "offline", "disabled"],
-    "WANDB_PROJECT_NAME": ["cnn fun", "x" * 128],
+    "WANDB_PROJECT_NAME": ["cnn fun", "two words!" + "-x" * 59],
     "WANDB_API_KEY_PATH": ["key.txt", Path("key.txt")],
     "DATA_DIR": ["data", Path("/data")],
     "RUNS_DIR": ["runs", Path("/runs")],
@@ -71,7 +71,7 @@ BAD: dict[str, list[Any]] = {
     "WORKERS": [0, -1, True, 1.0, "2", "all", None],
     "RESUME": [0, 1, "False", None],
     "WANDB_MODE": ["on", "dryrun", True, None],
-    "WANDB_PROJECT_NAME": ["", "x" * 129, *(f"a{character}b" for character in "/\\#?%:"), 1, None],
+    "WANDB_PROJECT_NAME": ["", "two words!!" + "-x" * 59, *(f"a{character}b" for character in "/\\#?%:"), 1, None],
     "WANDB_API_KEY_PATH": ["", "a\0b", 1, None],
     "DATA_DIR": ["", "a\0b", 1, None],
     "RUNS_DIR": ["", "a\0b", 1, None],
@@ -290,16 +290,26 @@ KEY = "5ecre7" * 6 + "0123"
 
 
 def test_a_key_in_the_place_of_its_path_is_refused_without_being_repeated() -> None:
-    with pytest.raises(ValueError, match="WANDB_API_KEY_PATH must be the path of a file") as error:
+    with pytest.raises(ValueError, match="WANDB_API_KEY_PATH must be the path of the file") as error:
         TrainingConfig.from_constants(vars(main_cnn) | {"WANDB_API_KEY_PATH": KEY, "EPOCHS": 0})
     assert KEY not in str(error.value) and "EPOCHS must be" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["DATASET", "DEVICE", "WANDB_MODE", "WANDB_PROJECT_NAME"])
-def test_a_key_in_another_constant_is_not_repeated(name: str) -> None:
+@pytest.mark.parametrize(
+    "value", [KEY, f" {KEY} ", f"local-{KEY}", f"export WANDB_API_KEY={KEY}", f"'{KEY}'", [KEY], "wandb_v1_secret"]
+)
+@pytest.mark.parametrize("name", ["DATASET", "DEVICE", "WANDB_MODE", "WANDB_PROJECT_NAME", "RUNS_DIR", "DATA_DIR"])
+def test_a_key_in_another_constant_is_refused_without_being_repeated(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be .*, got what looks like an API key$") as error:
-        TrainingConfig.from_constants(vars(main_cnn) | {name: KEY})
+        TrainingConfig.from_constants(vars(main_cnn) | {name: value})
     assert KEY not in str(error.value)
+
+
+def test_a_folder_that_is_named_like_a_key_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / KEY).mkdir()
+    for runs_dir in (KEY, tmp_path / KEY / "runs"):
+        assert TrainingConfig.from_constants(vars(main_cnn) | {"RUNS_DIR": runs_dir}).runs_dir == runs_dir
 
 
 def test_a_key_on_the_command_line_is_not_repeated(
