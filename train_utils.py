@@ -426,7 +426,7 @@ def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
 
 def _read_assignments(module: ModuleType) -> dict[str, str]:
     """Return the source of the last assignment to each name at the top level of a module's file, normalized."""
-    assignments = {}
+    assignments: dict[str, str] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         assignments |= {target.id: ast.unparse(node) for target in targets if isinstance(target, ast.Name)}

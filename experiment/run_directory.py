@@ -3,6 +3,8 @@
 import contextlib
 import io
 import itertools
+import pickle
+import re
 import shutil
 import time
 import uuid
@@ -96,7 +98,7 @@ class RunDirectory:
         self._lock = FileLock(path / ".lock")
         with nonfatal("a lock"):  # some network file systems have none
             try:
-                self._lock.acquire(timeout=0.2)  # the page of all runs tests locks for a moment
+                self._lock.acquire(timeout=1)  # the page of all runs tests locks for a moment
             except Timeout:
                 return False
         if (path / "results.json").exists():  # another process finished it between the two lines above
@@ -136,7 +138,8 @@ class RunDirectory:
             if checkpoint["belongs_to"] != self._owner(fit_name):
                 raise ValueError("it belongs to another run")
         except Exception as error:  # a damaged file can raise anything; the fit can always be trained again
-            warn(f"{relative_to_cwd(path)} cannot be used, so {fit_name} starts from the beginning: {error}")
+            reason = str(error).partition("\n")[0]
+            warn(f"{relative_to_cwd(path)} cannot be used, so {fit_name} starts from the beginning: {reason}")
             return None
         return checkpoint
 
@@ -146,10 +149,12 @@ class RunDirectory:
         Raises
         ------
         RunError
-            If it cannot be written.
+            If it cannot be written, or if it is a fit's first one and could not be loaded again.
         """
-        content = checkpoint | {"belongs_to": self._owner(fit_name)}
-        self.save(f"{fit_name}.pt", serialize(content))
+        content = serialize(checkpoint | {"belongs_to": self._owner(fit_name)})
+        if len(checkpoint["history"]) == 1:
+            _check_loadable(content)
+        self.save(f"{fit_name}.pt", content)
 
     def _owner(self, fit_name: str) -> str:
         return f"{fit_name} {self.wandb_id}"
@@ -198,6 +203,19 @@ class RunDirectory:
                 shutil.rmtree(self.path, ignore_errors=True)
                 warn("No epoch was finished, so nothing is saved: the same command starts from the beginning.")
         self._lock.release()
+
+
+def _check_loadable(checkpoint: bytes) -> None:
+    """Raise a RunError if a checkpoint contains an object that `torch.load` refuses to create."""
+    try:
+        torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class) `?([\w.]+)", str(error))
+        raise RunError(
+            f"run_epoch in train_utils.py returned a state with {found[1] if found else 'an object'}, from which the "
+            "run could not be resumed. Return tensors, numbers and strings, and lists and dicts of them: .item() "
+            "converts NumPy's numbers."
+        ) from None
 
 
 def serialize(content: dict[str, Any]) -> bytes:

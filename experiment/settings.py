@@ -47,7 +47,7 @@ def _check_dataset(dataset: str | Path) -> str | Path:
         is_folder = False
     if not is_folder:
         raise ValueError
-    return dataset
+    return str(Path(dataset)) if isinstance(dataset, str) else dataset  # without the "/" that a shell appends
 
 
 def _check_image_shape(value: Any) -> tuple[int, int, int]:

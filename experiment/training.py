@@ -158,7 +158,11 @@ def _get_result(future: Future[Any]) -> tuple[State, Metrics]:
 
 def _next_checkpoint(checkpoint: Checkpoint, fit: Fit, state: State, metrics: Metrics) -> Checkpoint:
     """Return the checkpoint after one more epoch; removes "evaluation" from the metrics."""
+    _check_names(fit, metrics)
     evaluation = metrics.pop("evaluation", None)
+    if evaluation is not None:
+        loss, labels, probabilities = evaluation
+        evaluation = _to_number("evaluation", loss), labels, probabilities
     metrics = {name: _to_number(name, value) for name, value in metrics.items()}
     return {
         "state": state,
@@ -166,6 +170,19 @@ def _next_checkpoint(checkpoint: Checkpoint, fit: Fit, state: State, metrics: Me
         "evaluation": evaluation,
         "failure": _describe_divergence(fit, checkpoint["history"], metrics, evaluation),
     }
+
+
+def _check_names(fit: Fit, metrics: Metrics) -> None:
+    """Raise a RunError if `run_epoch` did not return a metric that the tables and the results need."""
+    names = ["epoch", "train/loss", "train/accuracy"]
+    names += ["validation/loss", "validation/accuracy"] if fit.held_out_mask is not None else []
+    names += ["evaluation"] if metrics.get("epoch") == fit.epochs else []
+    missing = [name for name in names if name not in metrics]
+    if missing:
+        raise RunError(
+            f"run_epoch in train_utils.py did not return {', '.join(map(repr, missing))}, which the results need. "
+            "Add that again and run the same command again."
+        )
 
 
 def _to_number(name: str, value: Any) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from data_files import dataset_label, resolve_path
 from experiment.identity import KEPT_AT_RESUME, MACHINE_DEPENDENT, differing_parts
 from experiment.settings import TrainingConfig
@@ -54,6 +56,19 @@ def find_unfinished(config: TrainingConfig, model_name: str) -> list[UnfinishedR
     return runs
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether another process is training the run in a folder."""
+    if not (path / ".lock").exists():
+        return False
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # some network file systems have no locks
+        return False
+
+
 def _modification_time(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -71,7 +86,7 @@ def identity_to_resume(
     """
     allowed = {name for name in KEPT_AT_RESUME if name != "precision" or config.precision == "auto"}
     for run in unfinished:
-        if differing_parts(run.identity, identity) <= allowed:
+        if differing_parts(run.identity, identity) <= allowed and not is_locked(run.path):
             return identity | {name: run.identity[name] for name in allowed}
     return identity
 

@@ -193,7 +193,7 @@ def test_a_results_folder_whose_name_is_too_long_is_one_line_with_status_1(
     configure: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        configure(main_cnn, RUNS_DIR="n" * 256).main()
+        configure(main_cnn, RUNS_DIR="long name " * 26).main()
     assert end.value.code == 1
     reason = "cannot be written (File name too long). Fix the permissions or change RUNS_DIR."
     assert capsys.readouterr().err == f"The run failed: {'n' * 256} {reason}\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -52,6 +53,13 @@ def test_a_folder_is_named_by_its_time_and_numbered_within_a_second(
 def test_a_locked_run_is_not_resumed(tmp_path: Path) -> None:
     busy = directory(tmp_path)
     assert directory(tmp_path).path != busy.path
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.zeros(3)])
+def test_a_state_that_could_not_be_loaded_again_is_refused_after_the_first_epoch(value: Any, tmp_path: Path) -> None:
+    folder = directory(tmp_path)
+    with pytest.raises(RunError, match=r"returned a state with numpy\._core\.multiarray"):
+        folder.save_checkpoint("fold-1", {"history": [1], "state": {"average": value}})
 
 
 def test_the_newest_unfinished_run_is_resumed(tmp_path: Path) -> None:
@@ -120,7 +128,7 @@ class RunsCode:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     folder = directory(tmp_path)
-    folder.save_checkpoint("fold-1", {"history": RunsCode(tmp_path / "made")})
+    folder.save_checkpoint("fold-1", {"history": [1, 2], "state": RunsCode(tmp_path / "made")})
     assert folder.load_checkpoint("fold-1") is None and not (tmp_path / "made").exists()
 
 

@@ -305,6 +305,13 @@ def test_a_key_in_another_constant_is_refused_without_being_repeated(name: str, 
     assert KEY not in str(error.value)
 
 
+@pytest.mark.parametrize("spelled", ["pictures", "pictures/", "./pictures"])
+def test_a_folder_of_pictures_has_one_spelling(spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setattr("data_files.PROJECT_DIR", tmp_path)
+    assert TrainingConfig.from_constants(vars(main_cnn) | {"DATASET": spelled}).dataset == "pictures"
+
+
 def test_a_folder_that_is_named_like_a_key_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / KEY).mkdir()

@@ -285,6 +285,38 @@ def test_a_metric_that_is_not_finite_is_stored_as_null(configure: Configure, mon
     assert json.loads((result.run_dir / "results.json").read_text())["final"]["history"][0]["my/metric"] is None
 
 
+@pytest.mark.parametrize("name", ["train/accuracy", "validation/loss", "evaluation"])
+def test_a_missing_metric_is_named_in_one_line(
+    name: str, configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = train_utils.run_epoch
+
+    def run_epoch_without(*arguments: Any) -> Any:
+        state, metrics = original(replace(arguments[0], code_digest=code_digest()), *arguments[1:])
+        return state, {each: value for each, value in metrics.items() if each != name}
+
+    monkeypatch.setattr(train_utils, "run_epoch", run_epoch_without)
+    with pytest.raises(SystemExit):
+        configure(main_tutorial).main()
+    assert f"The run failed: run_epoch in train_utils.py did not return '{name}'" in capsys.readouterr().err
+
+
+def test_a_loss_of_any_numeric_type_in_the_evaluation_is_stored(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train_utils.test_loop
+
+    def evaluate(*arguments: Any) -> Any:
+        loss, labels, probabilities = original(*arguments)
+        return torch.tensor(loss), labels, probabilities
+
+    monkeypatch.setattr(train_utils, "test_loop", evaluate)
+    result = configure(main_tutorial, EPOCHS=1).main()
+    assert json.loads((result.run_dir / "results.json").read_text())["final"]["loss"] == pytest.approx(
+        result.final.loss
+    )
+
+
 class Seeds(NeuralNetwork):
     """Seeds the global generator, as copied code often does, and needs random numbers of its own."""
 

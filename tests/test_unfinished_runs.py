@@ -8,6 +8,7 @@ from typing import Any
 import joblib
 import pytest
 from conftest import Configure, computed, run_dirs
+from filelock import FileLock
 
 import main_tutorial
 from experiment import resources
@@ -45,6 +46,13 @@ def test_a_precision_that_the_user_chose_is_not_replaced() -> None:
 def test_the_newest_run_that_can_be_resumed_decides() -> None:
     runs = begun_with(epochs=3) + begun_with(threads=5) + begun_with(threads=6)
     assert identity_to_resume(make_config(), IDENTITY, runs)["threads"] == 5
+
+
+def test_nothing_is_kept_of_a_run_that_another_process_trains(tmp_path: Path) -> None:
+    run = UnfinishedRun(tmp_path, IDENTITY | {"threads": 1}, "0")
+    with FileLock(tmp_path / ".lock"):
+        assert identity_to_resume(make_config(), IDENTITY, [run]) == IDENTITY
+    assert identity_to_resume(make_config(), IDENTITY, [run])["threads"] == 1
 
 
 @pytest.mark.parametrize(
