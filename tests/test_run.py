@@ -196,7 +196,7 @@ def test_a_results_folder_whose_name_is_too_long_is_one_line_with_status_1(
         configure(main_cnn, RUNS_DIR="long name " * 26).main()
     assert end.value.code == 1
     reason = "cannot be written (File name too long). Fix the permissions or change RUNS_DIR."
-    assert capsys.readouterr().err == f"The run failed: {'n' * 256} {reason}\n"
+    assert capsys.readouterr().err == f"The run failed: {'long name ' * 26} {reason}\n"
 
 
 def test_a_network_that_cannot_be_used_is_one_line_with_status_2(
