@@ -65,7 +65,7 @@ def _check_image_shape(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _refuse_tensor(value: Any) -> Any:
+def _require_number(value: Any) -> Any:
     if not isinstance(value, (int, float)):  # pydantic takes whatever has a __float__
         raise ValueError
     return value
@@ -111,7 +111,7 @@ class TrainingConfig:
     folds: StrictInt = Field(ge=2, description="an integer of at least 2")
     epochs: StrictInt = Field(ge=1, description="an integer of at least 1")
     batch_size: StrictInt = Field(ge=2, description="an integer of at least 2")
-    learning_rate: Annotated[float, BeforeValidator(_refuse_tensor)] = Field(
+    learning_rate: Annotated[float, BeforeValidator(_require_number)] = Field(
         gt=0, allow_inf_nan=False, strict=True, description="a finite number above 0"
     )
     lr_schedule: Literal["constant", "cosine", "one_cycle"] = Field(description='"constant", "cosine" or "one_cycle"')

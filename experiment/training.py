@@ -58,9 +58,9 @@ def train_all(
                     running[_submit_epoch(pool, fit, checkpoints[fit.name], completed)] = fit
                 future = _wait_for_next(completed, report)
                 fit = running.pop(future)
-                if _was_lost(future):
+                if _executor_failed(future):
                     retries[fit.name] += 1
-                    _report_lost_epoch(future, fit, experiment, retries[fit.name])
+                    _report_executor_failure(future, fit, experiment, retries[fit.name])
                     waiting.insert(0, fit)
                     continue
                 del retries[fit.name]
@@ -127,13 +127,13 @@ def _wait_for_next(completed: queue.SimpleQueue[Future[Any]], report: Report) ->
         report.keep_alive()
 
 
-def _was_lost(future: Future[Any]) -> bool:
+def _executor_failed(future: Future[Any]) -> bool:
     """Return whether the executor failed, not the epoch: `call_safely` returns the exceptions of the epoch."""
     return future.cancelled() or future.exception() is not None
 
 
-def _report_lost_epoch(future: Future[Any], fit: Fit, experiment: Experiment, retries: int) -> None:
-    """Warn that the executor lost an epoch; raise a RunError if it was lost too often."""
+def _report_executor_failure(future: Future[Any], fit: Fit, experiment: Experiment, retries: int) -> None:
+    """Warn that an epoch is repeated because the executor failed; raise a RunError if it failed too often."""
     error = None if future.cancelled() else future.exception()
     if isinstance(error, WorkerDiedError):
         what = "A worker process was killed, most likely because memory ran out"
