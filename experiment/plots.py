@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import textwrap
@@ -30,6 +31,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with any type of colour v
 
 def draw_figures(result: ExperimentResult) -> dict[str, bytes]:
     """Return the figures of a run as PNG files, by file name; one that cannot be drawn costs one line."""
+    importlib.import_module("matplotlib")  # if this fails, it fails once, not for each figure
     figures = {}
     for name, draw in figure_functions(result).items():
         with nonfatal(name):
