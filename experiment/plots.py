@@ -151,7 +151,7 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     counts = np.array(final.confusion)
     images_per_class = counts.sum(1, keepdims=True).clip(min=1)  # 1 avoids 0/0 for a class without test images
     percentages = 100 * counts / images_per_class
-    size = max(9, 0.4 * min(len(counts), MAX_NAMED_CLASSES))
+    size = max(min(4 + 0.5 * len(counts), 9), 0.4 * min(len(counts), MAX_NAMED_CLASSES))
     figure = new_figure(size + 1, size)
     panel = figure.subplots()
     image = panel.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
@@ -164,7 +164,8 @@ def _draw_confusion_matrix(final: FitResult) -> Figure:
     names = [display_name(final.classes[place]) for place in named]
     panel.set_xticks(named, names, rotation=45, ha="right")
     panel.set_yticks(named, names)
-    panel.set(xlabel="predicted class", ylabel="true class", title=title)
+    wrapped = textwrap.fill(title, int(9 * size))  # about nine characters per inch
+    panel.set(xlabel="predicted class", ylabel="true class", title=wrapped)
     figure.colorbar(image, label="percentage of the true class", shrink=0.8)
     return figure
 
