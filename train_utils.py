@@ -417,7 +417,7 @@ def _without_docstring(node: ast.FunctionDef | ast.Lambda) -> ast.AST:
 def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
     """Return the source of each function in a module's file, normalized, by file and first line."""
     functions = {}
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for node in ast.walk(_TREES[module]):
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
             first = min(getattr(node, "decorator_list", None) or [node], key=lambda part: part.lineno)
             functions[str(module.__file__), first.lineno] = ast.unparse(_without_docstring(node))
@@ -427,7 +427,7 @@ def _read_functions(module: ModuleType) -> dict[tuple[str, int], str]:
 def _read_assignments(module: ModuleType) -> dict[str, str]:
     """Return the source of the last assignment to each name at the top level of a module's file, normalized."""
     assignments: dict[str, str] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in _TREES[module].body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         assignments |= {target.id: ast.unparse(node) for target in targets if isinstance(target, ast.Name)}
     return assignments
@@ -435,6 +435,7 @@ def _read_assignments(module: ModuleType) -> dict[str, str]:
 
 _MODULES = (data_utils, sys.modules[__name__])
 # Read when the module is imported, since the file may be edited later.
+_TREES = {module: ast.parse(inspect.getsource(module)) for module in _MODULES}
 _FUNCTIONS = _read_functions(data_utils) | _read_functions(sys.modules[__name__])
 _ASSIGNMENTS = {module.__name__: _read_assignments(module) for module in _MODULES}
 _LIBRARIES = ("torch", "numpy", "data_files")
@@ -594,7 +595,7 @@ def _initialize_lazy_modules(model: nn.Module, device: torch.device, image_shape
 def _uses_view(model: nn.Module) -> bool:
     """Return whether a module's forward calls `Tensor.view`, which fails if the channels are last in memory."""
     codes = [getattr(module.forward, "__code__", None) for module in model.modules()]
-    return any(code is not None and "view" in code.co_names for code in codes)
+    return any("view" in getattr(code, "co_names", ()) for code in codes)
 
 
 def _fast_forward(sequential: nn.Sequential, images: Tensor) -> Tensor:
