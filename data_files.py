@@ -763,8 +763,10 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 def _describe_ignored(ignored: list[Path], root: Path) -> list[str]:
     """Return sentences on the files that are not used; hidden files are counted but not named."""
     sentences = []
-    pictures = [path for path in ignored if _is_picture(path)]
-    others = [path for path in ignored if not _is_picture(path)]
+    pictures: list[Path] = []
+    others: list[Path] = []
+    for path in ignored:
+        (pictures if _is_picture(path) else others).append(path)
     if pictures:
         count = "1 picture that is" if len(pictures) == 1 else f"{len(pictures):,} pictures that are"
         sentences.append(f"Ignored: {count} in no class's folder, for example {_printable_path(pictures[0], root)}.")

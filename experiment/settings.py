@@ -28,7 +28,9 @@ MAX_SHOWN = 80  # characters of a bad value in a message
 
 
 def _check_path(path: str | Path) -> str | Path:
-    if not str(path).strip() or "\0" in str(path) or (looks_like_key(path) and not os.path.exists(path)):
+    if not str(path).strip() or "\0" in str(path):
+        raise ValueError
+    if looks_like_key(path) and not os.path.exists(path):
         raise ValueError
     try:
         Path(path).expanduser()
